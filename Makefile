@@ -1,0 +1,54 @@
+# The whole of nightherd on a bare Linux machine: Python >= 3.11 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+EXAMPLE := examples/prompts.jsonl
+DEMO_RESULTS := build/demo-results.jsonl
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format docs clean
+
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+# Two stamps: to run, and to develop.
+$(VENV)/.run: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'nightherd needs Python 3.11 or newer: make PYTHON=/path/to/python3.11'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt -e '.[worker]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) install --quiet -c constraints.txt -e '.[worker,dev]'
+	@touch $@
+
+demo: $(VENV)/.run  ## Run the main job here: a file of prompts in, every result out
+	@mkdir -p $(dir $(DEMO_RESULTS))
+	@job=$$($(BIN)/nightherd run $(EXAMPLE) --checkpoint demo --name demo --max-tokens 120 \
+		-o $(DEMO_RESULTS)) && \
+	echo && $(BIN)/nightherd results $$job --limit 5 --text && \
+	echo && $(BIN)/nightherd status $$job && \
+	echo "  all results:  $(DEMO_RESULTS)" && \
+	echo "  the database: $$($(BIN)/nightherd db path)" && \
+	echo "  one row:      $(BIN)/nightherd show $$job 0"
+
+lint: $(VENV)/.dev  ## ruff, mypy --strict, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint  ## Everything that must pass: lint and all tests
+	$(BIN)/python -P -m pytest
+
+format: $(VENV)/.dev  ## Put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev  ## Write the generated pages: docs/cli.md, docs/settings.md
+	$(BIN)/python scripts/make_docs.py
+
+clean:  ## Remove what make made (not your data folder)
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,68 @@
+"""Schedules, and the times at which they fired."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import JSON, CheckConstraint, Float, ForeignKey, Index, Integer, String, Text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from models.base import Base, db_now
+
+FIRING_STATES = ("claimed", "submitted", "succeeded", "failed", "skipped")
+
+
+class Schedule(Base):
+    """A cron rule that submits a job."""
+
+    __tablename__ = "schedules"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    name: Mapped[str] = mapped_column(Text, unique=True)
+    cron: Mapped[str] = mapped_column(Text)
+    timezone: Mapped[str] = mapped_column(Text)
+    input: Mapped[dict[str, Any]] = mapped_column(JSON(none_as_null=True))
+    options: Mapped[dict[str, Any]] = mapped_column(JSON(none_as_null=True))
+    """The job's options, as `submit` knows them."""
+    concurrency: Mapped[str] = mapped_column(String(16), default="forbid")
+    misfire: Mapped[str] = mapped_column(String(16), default="coalesce")
+    starting_deadline_seconds: Mapped[float | None] = mapped_column(Float)
+    keep_succeeded: Mapped[int | None] = mapped_column(Integer)
+    keep_failed: Mapped[int | None] = mapped_column(Integer)
+    paused: Mapped[bool] = mapped_column(default=False)
+    next_at: Mapped[datetime | None]
+    created_at: Mapped[datetime] = mapped_column(insert_default=db_now())
+
+    __table_args__ = (
+        CheckConstraint("concurrency IN ('forbid', 'allow', 'replace')", name="concurrency"),
+        CheckConstraint("misfire IN ('coalesce', 'skip', 'all')", name="misfire"),
+    )
+
+
+class Firing(Base):
+    """One time at which a schedule fired; its slot is unique, so any number of beats may run."""
+
+    __tablename__ = "firings"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    schedule_id: Mapped[int] = mapped_column(ForeignKey("schedules.id", ondelete="CASCADE"))
+    scheduled_for_utc: Mapped[datetime]
+    state: Mapped[str] = mapped_column(String(16))
+    reason: Mapped[str | None] = mapped_column(Text)
+    claimed_by: Mapped[str | None] = mapped_column(String(16))
+    lease_until: Mapped[datetime | None]
+    created_at: Mapped[datetime] = mapped_column(insert_default=db_now())
+    finished_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        CheckConstraint(
+            f"state IN ({', '.join(repr(state) for state in FIRING_STATES)})", name="state"
+        ),
+        Index(
+            "uq_firings_schedule_id_scheduled_for_utc",
+            "schedule_id",
+            "scheduled_for_utc",
+            unique=True,
+        ),
+    )

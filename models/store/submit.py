@@ -1,0 +1,194 @@
+"""Storing a new job: invisible while `storing`, live in one last transaction.
+
+Submit dies half-way: the job stays `storing`, nobody sees it, and housekeeping removes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, delete, insert, select, update
+
+from models.base import db_now
+from models.job import Chunk, Job, Request
+from nightherd.errors import ConflictError
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """What is known of a job before its rows are stored."""
+
+    id: str
+    checkpoint_key: str
+    seed: int
+    params: dict[str, Any]
+    name: str | None = None
+    template: dict[str, Any] | None = None
+    priority: int = 0
+    not_before: datetime | None = None
+    deadline: datetime | None = None
+    metadata: dict[str, Any] | None = None
+    firing_id: int | None = None
+    submitted_by: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    index: int
+    body: dict[str, Any]
+    params: dict[str, Any] | None
+    custom_id: str | None
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRange:
+    """Positions [first, first + count) and the samples that they owe."""
+
+    first: int
+    count: int
+    samples: int
+
+
+def begin_storing(connection: Connection, job: NewJob) -> None:
+    """Inserts the job in state `storing`; an id that is taken raises IntegrityError."""
+    connection.execute(
+        insert(Job).values(
+            id=job.id,
+            name=job.name,
+            state="storing",
+            checkpoint_key=job.checkpoint_key,
+            seed=job.seed,
+            params=job.params,
+            template=job.template,
+            priority=job.priority,
+            not_before=job.not_before,
+            deadline=job.deadline,
+            metadata_=job.metadata,
+            firing_id=job.firing_id,
+            submitted_by=job.submitted_by,
+        )
+    )
+
+
+def _touch_storing(connection: Connection, job_id: str) -> None:
+    touched = connection.execute(
+        update(Job).where(Job.id == job_id, Job.state == "storing").values(touched_at=db_now())
+    )
+    if touched.rowcount != 1:
+        raise ConflictError(
+            f"job {job_id} was removed while it was being stored (submit stood still for too "
+            "long); submit it again"
+        )
+
+
+def store_requests(connection: Connection, job_id: str, rows: Sequence[NewRequest]) -> None:
+    """Adds rows to a job in state `storing`; raises `ConflictError` if it is not there any more.
+
+    Binary COPY on PostgreSQL, executemany on SQLite: the fastest way of each (368k and 155k
+    rows/s measured).
+    """
+    _touch_storing(connection, job_id)
+    there = select(Request.index).where(Request.job_id == job_id, Request.index == rows[0].index)
+    if connection.execute(there).first() is not None:
+        return  # this very batch was committed before, and only the answer was lost
+    if connection.dialect.name == "postgresql":
+        _copy_requests(connection, job_id, rows)
+        return
+    connection.execute(
+        insert(Request),
+        [
+            {
+                "job_id": job_id,
+                "index": row.index,
+                "position": row.index,
+                "custom_id": row.custom_id,
+                "body": row.body,
+                "params": row.params,
+                "samples": row.samples,
+            }
+            for row in rows
+        ],
+    )
+
+
+def _copy_requests(connection: Connection, job_id: str, rows: Sequence[NewRequest]) -> None:
+    driver: Any = connection.connection.driver_connection
+    statement = (
+        'COPY requests (job_id, "index", position, custom_id, body, params, samples) '
+        "FROM STDIN (FORMAT BINARY)"
+    )
+    with driver.cursor() as cursor, cursor.copy(statement) as copy:
+        copy.set_types(["varchar", "int8", "int8", "text", "json", "json", "int4"])
+        for row in rows:
+            copy.write_row(
+                (job_id, row.index, row.index, row.custom_id, row.body, row.params, row.samples)
+            )
+
+
+def finish_storing(connection: Connection, job_id: str, chunks: Sequence[ChunkRange]) -> None:
+    """The last transaction: the chunks, and the job becomes `queued`, visible and claimable."""
+    state = connection.execute(select(Job.state).where(Job.id == job_id)).scalar_one_or_none()
+    if state is not None and state != "storing":
+        return  # committed before, and only the answer was lost
+    _touch_storing(connection, job_id)
+    connection.execute(
+        insert(Chunk),
+        [
+            {
+                "job_id": job_id,
+                "first_position": chunk.first,
+                "count": chunk.count,
+                "samples": chunk.samples,
+                "state": "queued",
+            }
+            for chunk in chunks
+        ],
+    )
+    connection.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.state == "storing")
+        .values(
+            state="queued",
+            total_requests=sum(chunk.count for chunk in chunks),
+            total_samples=sum(chunk.samples for chunk in chunks),
+            created_at=db_now(),
+        )
+    )
+
+
+def remove_orphans(connection: Connection, *, idle_seconds: float, limit: int = 20_000) -> int:
+    """Deletes up to `limit` rows of jobs whose submit stood still for `idle_seconds`.
+
+    Returns how many rows went; call again in a new transaction while it is `limit`: one delete of
+    millions would lock SQLite for too long.
+    """
+    orphan = connection.execute(
+        select(Job.id)
+        .where(Job.state == "storing", Job.touched_at < db_now(-idle_seconds))
+        .order_by(Job.id)
+        .limit(1)
+        .with_for_update(key_share=True, skip_locked=True)
+    ).scalar_one_or_none()
+    if orphan is None:
+        return 0
+    return discard_storing(connection, orphan, limit=limit)
+
+
+def discard_storing(connection: Connection, job_id: str, *, limit: int = 20_000) -> int:
+    """Deletes up to `limit` request rows of a job in state `storing`, then the job itself."""
+    locked = connection.execute(
+        update(Job).where(Job.id == job_id, Job.state == "storing").values(state="storing")
+    )
+    if locked.rowcount != 1:
+        return 0
+    some = select(Request.index).where(Request.job_id == job_id).limit(limit)
+    gone = connection.execute(
+        delete(Request).where(Request.job_id == job_id, Request.index.in_(some))
+    ).rowcount
+    if gone < limit:
+        connection.execute(delete(Job).where(Job.id == job_id, Job.state == "storing"))
+    return gone

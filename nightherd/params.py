@@ -1,0 +1,294 @@
+"""Generation parameters and request bodies: their names, ranges and layers.
+
+The names are those of the OpenAI and vLLM APIs; transformers' are accepted as aliases. Four layers
+make the *effective* parameters of a request, the first that sets a name wins: the request, the
+job, the checkpoint's `generation_config.json` (only `GENERATION_CONFIG_NAMES`), the defaults here.
+Layers are plain dicts of canonical names, as `parse_params` returns and SQL stores them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
+
+from nightherd.errors import ParameterError
+
+DEFAULT_MAX_TOKENS = 256
+
+GENERATION_CONFIG_NAMES = ("temperature", "top_p", "top_k", "repetition_penalty")
+"""What a checkpoint's generation_config.json may set; never its lengths."""
+
+_ALIASES = {
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "num_return_sequences": "n",
+    "guided_json": "structured_outputs",
+    "guided_regex": "structured_outputs",
+    "guided_choice": "structured_outputs",
+    "guided_grammar": "structured_outputs",
+}
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, str | int) and not isinstance(value, bool) else value
+
+
+def _int_keys(value: object) -> object:
+    # JSON knows only string keys.
+    if isinstance(value, Mapping):
+        try:
+            return {int(key): bias for key, bias in value.items()}
+        except (TypeError, ValueError):
+            return value
+    return value
+
+
+TokenId = Annotated[StrictInt, Field(ge=0)]
+Seed = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
+
+
+class SamplingParams(BaseModel):
+    """The parameters of one request, all of them, at their defaults where nothing is given.
+
+    `seed` stands apart from the rest in storage: results point at a parameter set without it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_tokens: Annotated[StrictInt, Field(ge=1)] = DEFAULT_MAX_TOKENS
+    """Tokens to generate, at most."""
+    max_length: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Prompt and generated tokens together, at most (transformers' name)."""
+    min_tokens: Annotated[StrictInt, Field(ge=0)] = 0
+    temperature: Annotated[FiniteFloat, Field(ge=0)] = 1.0
+    """0 is greedy."""
+    top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[StrictInt, Field(ge=-1)] = 0
+    """0 and -1 are off."""
+    min_p: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[FiniteFloat, Field(gt=0)] = 1.0
+    presence_penalty: Annotated[FiniteFloat, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[FiniteFloat, Field(ge=-2, le=2)] = 0.0
+    seed: Seed | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=10_000)] = 1
+    stop: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        BeforeValidator(_one_or_many),
+        Field(max_length=64),
+    ] = ()
+    stop_token_ids: Annotated[tuple[TokenId, ...], BeforeValidator(_one_or_many)] = ()
+    ignore_eos: StrictBool = False
+    logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    """How many alternatives to report beside each chosen token; None is none at all."""
+    skip_special_tokens: StrictBool = True
+    include_stop_str_in_output: StrictBool = False
+    truncate_prompt_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Keep only the last so many tokens of the prompt."""
+    add_special_tokens: StrictBool | None = None
+    """None: yes for a prompt, no for a chat (its template has written them)."""
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    logit_bias: Annotated[
+        dict[TokenId, Annotated[FiniteFloat, Field(ge=-100, le=100)]], BeforeValidator(_int_keys)
+    ] = Field(default_factory=dict)
+    bad_words: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    allowed_token_ids: Annotated[tuple[TokenId, ...], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> SamplingParams:
+        if "max_tokens" in self.model_fields_set and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens ({self.min_tokens}) is greater than max_tokens ({self.max_tokens})"
+            )
+        return self
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+PARAMETER_NAMES = tuple(SamplingParams.model_fields)
+
+
+def is_parameter(name: str) -> bool:
+    """Whether `name` is a parameter, or an accepted alias of one."""
+    return name in PARAMETER_NAMES or name in _ALIASES or name in ("do_sample", "top_logprobs")
+
+
+def _canonical_names(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Replaces aliases by canonical names; two names for one parameter must agree."""
+    out: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+
+    def put(name: str, value: Any, source: str) -> None:
+        if name in out and out[name] != value:
+            raise ParameterError(f"{origin[name]} and {source} contradict each other; give one")
+        out[name] = value
+        origin[name] = source
+
+    for name, value in given.items():
+        if name == "do_sample":
+            if not isinstance(value, bool):
+                raise ParameterError(f"do_sample must be true or false, got {value!r}")
+            if value is False:
+                put("temperature", 0, name)
+        elif name == "top_logprobs":
+            if value is not None and given.get("logprobs") is not True:
+                raise ParameterError("top_logprobs needs logprobs: true")
+        elif name == "logprobs" and isinstance(value, bool):
+            # The chat API's way: a switch, and a number beside it.
+            if value:
+                put(name, given.get("top_logprobs") or 0, name)
+        elif name.startswith("guided_") and name in _ALIASES:
+            put("structured_outputs", {name.removeprefix("guided_"): value}, name)
+        else:
+            put(_ALIASES.get(name, name), value, name)
+    return out
+
+
+def describe_error(error: ValidationError) -> str:
+    """The first problem of a pydantic error in the user's words: name, rule, value."""
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, PARAMETER_NAMES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"unknown parameter {name!r}{hint}"
+    text = str(first["msg"]).removeprefix("Value error, ")
+    if not name:
+        return text
+    text = text.replace("Input should be", "must be", 1).replace("List should", "must", 1)
+    return f"{name} {text}, got {first.get('input')!r}"
+
+
+def parse_params(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks one layer of parameters and returns it by canonical names, as JSON values.
+
+    Names given as null are left out. Raises `ParameterError` naming the first that is unknown, of
+    the wrong type or out of range.
+    """
+    layer = {name: value for name, value in given.items() if value is not None}
+    layer = _canonical_names(layer)
+    try:
+        checked = SamplingParams.model_validate(layer)
+    except ValidationError as error:
+        raise ParameterError(describe_error(error)) from None
+    return checked.model_dump(mode="json", exclude_unset=True)
+
+
+def effective_params(*layers: Mapping[str, Any] | None) -> SamplingParams:
+    """Merges layers, the most specific first, over the defaults.
+
+    Raises `ParameterError` where layers that are each sane contradict each other.
+    """
+    merged: dict[str, Any] = {}
+    for layer in reversed(layers):
+        merged.update(layer or {})
+    # The default takes part in the check of min_tokens against max_tokens.
+    merged.setdefault("max_tokens", max(DEFAULT_MAX_TOKENS, merged.get("min_tokens", 0)))
+    try:
+        return SamplingParams.model_validate(merged)
+    except ValidationError as error:
+        raise ParameterError(describe_error(error)) from None
+
+
+def generation_config_layer(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The layer that a checkpoint's generation_config.json contributes."""
+    layer = {name: config[name] for name in GENERATION_CONFIG_NAMES if config.get(name) is not None}
+    return parse_params(layer)
+
+
+def canonical_json(value: object) -> str:
+    """One spelling for equal values: sorted keys, no spaces, as UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def parameter_set(params: SamplingParams) -> tuple[str, str]:
+    """`(hash, canonical JSON)` of effective parameters, without the seed."""
+    text = canonical_json(params.model_dump(mode="json", exclude={"seed"}))
+    return hashlib.sha256(text.encode()).hexdigest()[:32], text
+
+
+def sample_seed(job_seed: int, request_seed: int | None, index: int, sample: int) -> int:
+    """The seed of one sample, 63 bits.
+
+    A request's own seed makes its samples independent of where it stands in the job.
+    """
+    source = f"r:{request_seed}" if request_seed is not None else f"j:{job_seed}:{index}"
+    digest = hashlib.blake2b(f"{source}:{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class TextPart(BaseModel):
+    """A part of a message's content; text is the only kind that these checkpoints read."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+def _flatten(content: object) -> object:
+    if isinstance(content, list):
+        return "".join(TextPart.model_validate(part).text for part in content)
+    return content
+
+
+class Message(BaseModel):
+    """One message of a chat, as the OpenAI API has it."""
+
+    # A chat template may use more (`name`, `tool_calls`): it is handed through.
+    model_config = ConfigDict(extra="allow")
+
+    role: Annotated[str, Field(min_length=1)]
+    content: Annotated[str, BeforeValidator(_flatten)]
+
+
+class RequestBody(BaseModel):
+    """What is asked: a prompt, a chat, or both.
+
+    With both, the chat is used where the checkpoint has a chat template, else the prompt (tasks
+    are written so). `metadata` is kept beside the request and handed back on demand.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str | Annotated[list[TokenId], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    metadata: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _something_asked(self) -> RequestBody:
+        if self.prompt is None and self.messages is None:
+            raise ValueError("neither a prompt nor messages")
+        return self
+
+
+def parse_body(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks a request body and returns it as JSON values; raises `ParameterError`."""
+    try:
+        body = RequestBody.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(
+            str(part) for part in first["loc"] if part not in ("str", "function-before[_flatten()")
+        )
+        text = str(first["msg"]).removeprefix("Value error, ")
+        text = text.replace("Input should be", "must be", 1)
+        raise ParameterError(f"{place} {text}".strip()) from None
+    return body.model_dump(mode="json", exclude_none=True)

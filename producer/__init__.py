@@ -1,0 +1,1 @@
+"""Puts work in and takes results out; never imports torch or transformers."""

@@ -1,0 +1,241 @@
+"""The options that `submit` and `run` share, and what they make of them."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+
+import click
+
+from producer.commands.common import TimeOrDelay, notice
+
+if TYPE_CHECKING:
+    from models.database import Database
+    from nightherd.settings import Settings
+    from producer.readers import Reader
+    from producer.submit import SubmittedJob
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PARAMETERS: tuple[tuple[str, type, str], ...] = (
+    ("max-tokens", int, "Tokens to generate, at most; 256 if not given."),
+    ("min-tokens", int, "No end before so many tokens."),
+    ("temperature", float, "0 is greedy; 1 if neither you nor the checkpoint sets it."),
+    ("top-p", float, "Sample from the likeliest tokens that make up this probability."),
+    ("top-k", int, "Sample from so many likeliest tokens."),
+    ("min-p", float, "Drop tokens less likely than this share of the likeliest."),
+    ("repetition-penalty", float, "Above 1 discourages what prompt or output has."),
+    ("presence-penalty", float, "Subtracted once from tokens that the output has."),
+    ("frequency-penalty", float, "Subtracted for each time that the output has a token."),
+    ("n", int, "Samples for each prompt."),
+    ("logprobs", int, "Store log-probabilities, with so many alternatives."),
+)
+
+_JOB_OPTIONS = (
+    click.option("--checkpoint", default="demo", show_default=True, metavar="PATH|NAME",
+                 help="A folder, `org/name[@revision]` on the Hub, or `demo`."),
+    click.option("--name", help="A name for `jobs` and `status`."),
+    click.option("--priority", type=click.IntRange(-1000, 1000), default=0, show_default=True,
+                 help="Higher runs first."),
+    click.option("--not-before", type=TimeOrDelay(), help="Start no earlier."),
+    click.option("--deadline", type=TimeOrDelay(), help="End the job then, done or not."),
+    click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1),
+                 help="For all random choices; drawn and shown if not given."),
+)  # fmt: skip
+
+_INPUT_OPTIONS = (
+    click.option("--format", "input_format", type=click.Choice(["auto", "jsonl", "text"]),
+                 default="auto", show_default=True, help="How FILE is read."),
+    click.option("--template", metavar="TEXT",
+                 help="A Jinja template over each row's columns, as 'Summarise: {{ text }}'."),
+    click.option("--system", metavar="TEXT",
+                 help="A system message, a template too; makes each row a chat."),
+    click.option("--chat", is_flag=True, help="Send each prompt as a chat's user message."),
+    click.option("--task", metavar="NAME",
+                 type=click.Choice(["generate", "summarize", "translate", "answer", "classify"]),
+                 help="A ready-made template: generate, summarize, translate, answer, classify."),
+    click.option("--task-arg", "task_args", multiple=True, metavar="KEY=VALUE",
+                 help="As target_language=German for translate."),
+    click.option("--labels", metavar="A,B,…", help="The labels of --task classify."),
+    click.option("--keep", multiple=True, metavar="COLUMN",
+                 help="Keep this column beside the request."),
+    click.option("--ignore-unknown", is_flag=True, help="Drop columns that mean nothing here."),
+)  # fmt: skip
+
+_MORE_PARAMETERS = (
+    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text."),
+    click.option("--stop-token-id", "stop_token_ids", type=int, multiple=True,
+                 help="End at this token."),
+    click.option("--ignore-eos", is_flag=True, help="Do not end at the end of sequence."),
+    click.option("--param", "params", multiple=True, metavar="NAME=JSON",
+                 help="Any other parameter, as logit_bias='{\"13\": -100}'."),
+)  # fmt: skip
+
+
+def submit_options(command: F) -> F:
+    """All options of a submission, in the order of `--help`."""
+    parameters = tuple(
+        click.option(f"--{name}", type=kind, help=text) for name, kind, text in _PARAMETERS
+    )
+    decorated = command
+    for option in reversed((*_JOB_OPTIONS, *_INPUT_OPTIONS, *parameters, *_MORE_PARAMETERS)):
+        decorated = option(decorated)
+    return decorated
+
+
+def job_params(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The job's layer of parameters; raises `ParameterError` naming what is wrong."""
+    from nightherd.errors import ParameterError, UsageError
+    from nightherd.params import parse_params
+
+    given: dict[str, Any] = {}
+    for name, _, _ in _PARAMETERS:
+        key = name.replace("-", "_")
+        if options[key] is not None:
+            given[key] = options[key]
+    if options["stop"]:
+        given["stop"] = list(options["stop"])
+    if options["stop_token_ids"]:
+        given["stop_token_ids"] = list(options["stop_token_ids"])
+    if options["ignore_eos"]:
+        given["ignore_eos"] = True
+    for item in options["params"]:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(f"--param {item}: write NAME=JSON, as --param top_k=40")
+        if name in given:
+            raise ParameterError(f"--param {name} repeats --{name.replace('_', '-')}; give one")
+        try:
+            given[name] = json.loads(value)
+        except ValueError:
+            given[name] = value  # a bare word is a string
+    return parse_params(given)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[tuple[BinaryIO, str]]:
+    """The input, and its name for messages; standard input is spooled first."""
+    import shutil
+    import tempfile
+
+    from producer.readers import open_input
+
+    if path != "-":
+        with open_input(path) as file:
+            yield file, path
+        return
+    if sys.stdin.isatty():
+        notice("reading prompts from the terminal, one a line; Ctrl-D ends them")
+    with tempfile.TemporaryFile() as spool:
+        shutil.copyfileobj(sys.stdin.buffer, spool)
+        spool.seek(0)
+        yield spool, "standard input"
+
+
+def do_submit(path: str, options: Mapping[str, Any]) -> tuple[Settings, Database, SubmittedJob]:
+    """Checks and stores a submission; announces nothing yet."""
+    from nightherd.catalogue import checkpoint_key
+    from nightherd.settings import load_settings
+    from producer.database import open_database
+    from producer.readers import Reader, ReadOptions
+    from producer.submit import JobOptions, submit
+    from producer.tasks import make_builder, parse_labels, parse_task_args
+
+    settings = load_settings()
+    key = checkpoint_key(options["checkpoint"])
+    params = job_params(options)
+    builder = make_builder(
+        template=options["template"],
+        system=options["system"],
+        chat=options["chat"],
+        task=options["task"],
+        task_args=parse_task_args(options["task_args"]),
+        labels=parse_labels(options["labels"] or ""),
+    )
+    if builder is not None:
+        params = builder.job_params(params)
+    with _opened(path) as (file, name):
+        reader = Reader(
+            file,
+            name,
+            ReadOptions(
+                format=options["input_format"],
+                keep=frozenset(options["keep"]),
+                ignore_unknown=options["ignore_unknown"],
+                builder=builder,
+            ),
+        )
+        database = open_database(settings)
+        with _progress() as progress:
+            job = submit(
+                database,
+                settings,
+                reader,
+                JobOptions(
+                    checkpoint_key=key,
+                    params=params,
+                    seed=options["seed"],
+                    name=options["name"],
+                    template=None if builder is None else builder.describe(),
+                    priority=options["priority"],
+                    not_before=options["not_before"],
+                    deadline=options["deadline"],
+                    submitted_by=_user(),
+                ),
+                source=name,
+                progress=progress,
+            )
+    _say_what_was_assumed(job, params, reader, options)
+    return settings, database, job
+
+
+def _say_what_was_assumed(
+    job: SubmittedJob, params: Mapping[str, Any], reader: Reader, options: Mapping[str, Any]
+) -> None:
+    if "max_tokens" not in params and "max_length" not in params:
+        notice("--max-tokens was not given: at most 256 tokens a sample")
+    if options["seed"] is None:
+        notice(f"seed {job.seed} (--seed repeats this job)")
+    if reader.models:
+        named = ", ".join(sorted(reader.models)[:3])
+        notice(f"the rows name models ({named}); the job's checkpoint counts, not they")
+    if reader.unseen:
+        notice(f"--keep: no row has {', '.join(sorted(reader.unseen))}", always=True)
+
+
+def _user() -> str | None:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return None  # a container's uid may have no name
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int | None], None] | None]:
+    """A count on standard error for inputs that take a while; nothing without a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    import time
+
+    last = time.monotonic()
+    shown = False
+
+    def report(phase: str, count: int, total: int | None) -> None:
+        nonlocal last, shown
+        now = time.monotonic()
+        if now - last < 0.5:
+            return
+        last, shown = now, True
+        of = f" of {total:,}" if total is not None else ""
+        click.echo(f"\r{phase} {count:,}{of} rows", err=True, nl=False)
+
+    try:
+        yield report
+    finally:
+        if shown:
+            click.echo(err=True)

@@ -1,0 +1,218 @@
+"""From checked rows to a queued job: nothing is stored if any row is bad."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import IO, Any
+
+from sqlalchemy.exc import IntegrityError
+
+from models.base import new_id
+from models.database import Database
+from models.store import submit as store
+from nightherd.errors import InputError, NightherdError, ParameterError
+from nightherd.params import effective_params
+from nightherd.settings import Settings
+from producer.readers import Row, RowProblem
+
+log = logging.getLogger("nightherd.submit")
+
+SHOWN_PROBLEMS = 20
+_SPOOL_IN_MEMORY = 16 * 2**20
+_SMALLEST_CHUNK, _LARGEST_CHUNK, _CHUNKS_OF_SMALL_JOB = 16, 256, 8
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with a phase ("checking", "storing"), rows so far, and their number where known."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobOptions:
+    """Everything of a job but its rows."""
+
+    checkpoint_key: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    name: str | None = None
+    template: dict[str, Any] | None = None
+    priority: int = 0
+    not_before: datetime | None = None
+    deadline: datetime | None = None
+    metadata: dict[str, Any] | None = None
+    submitted_by: str | None = None
+    firing_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SubmittedJob:
+    id: str
+    seed: int
+    requests: int
+    samples: int
+
+
+class _Spool:
+    """Checked rows on disk, so that ten million of them need no memory and are checked once."""
+
+    def __init__(self) -> None:
+        self._file: IO[str] = tempfile.SpooledTemporaryFile(  # noqa: SIM115 - closed by `close`
+            max_size=_SPOOL_IN_MEMORY, mode="w+", encoding="utf-8"
+        )
+        self.samples = array("L")
+
+    def add(self, row: Row, samples: int) -> None:
+        self._file.write(json.dumps([row.body, row.params, row.custom_id]))
+        self._file.write("\n")
+        self.samples.append(samples)
+
+    def __iter__(self) -> Iterator[store.NewRequest]:
+        self._file.seek(0)
+        for index, (line, samples) in enumerate(zip(self._file, self.samples, strict=True)):
+            body, params, custom_id = json.loads(line)
+            yield store.NewRequest(index, body, params, custom_id, samples)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def submit(
+    database: Database,
+    settings: Settings,
+    rows: Iterable[Row | RowProblem],
+    options: JobOptions,
+    *,
+    source: str = "the input",
+    progress: Progress | None = None,
+) -> SubmittedJob:
+    """Checks every row, then stores the job and makes it `queued`.
+
+    Raises `InputError` with one line a bad row (the first `SHOWN_PROBLEMS`); nothing is stored
+    then. Redis is not needed here. Killed at any moment, it leaves either no visible job or the
+    whole one.
+    """
+    report = progress or (lambda phase, count, total: None)
+    effective_params(options.params)  # contradictions within the job's own layer
+    spool = _Spool()
+    try:
+        _check(rows, options, spool, source, report)
+        return _store(database, settings, spool, options, report)
+    finally:
+        spool.close()
+
+
+def _check(
+    rows: Iterable[Row | RowProblem],
+    options: JobOptions,
+    spool: _Spool,
+    source: str,
+    report: Progress,
+) -> None:
+    problems: list[str] = []
+    bad = 0
+    job_samples = effective_params(options.params).n
+    for row in rows:
+        if isinstance(row, Row):
+            samples = job_samples
+            if row.params:
+                try:
+                    samples = effective_params(row.params, options.params).n
+                except ParameterError as error:
+                    row = RowProblem(row.line, str(error))
+        if isinstance(row, RowProblem):
+            bad += 1
+            if len(problems) < SHOWN_PROBLEMS:
+                problems.append(f"line {row.line}: {row.message}")
+            continue
+        if not bad:
+            spool.add(row, samples)
+        report("checking", len(spool.samples) + bad, None)
+    if bad:
+        more = f" (and {bad - len(problems)} more)" if bad > len(problems) else ""
+        rows_are = "row is" if bad == 1 else "rows are"
+        raise InputError(
+            f"{source}: {bad} {rows_are} bad, nothing was stored: {problems[0]}{more}"
+            if bad == 1
+            else f"{source}: {bad} {rows_are} bad, nothing was stored{more}:",
+            problems if bad > 1 else (),
+        )
+    if not spool.samples:
+        raise InputError(f"{source} is empty: it must hold at least one prompt")
+
+
+def _store(
+    database: Database, settings: Settings, spool: _Spool, options: JobOptions, report: Progress
+) -> SubmittedJob:
+    seed = options.seed if options.seed is not None else secrets.randbits(63)
+    total = len(spool.samples)
+    job_id = _begin(database, options, seed)
+    try:
+        batch: list[store.NewRequest] = []
+        stored = 0
+        for request in spool:
+            batch.append(request)
+            if len(batch) == settings.store_batch or stored + len(batch) == total:
+                ready = batch
+                database.retrying(
+                    lambda connection, ready=ready: store.store_requests(  # type: ignore[misc]
+                        connection, job_id, ready
+                    )
+                )
+                stored += len(batch)
+                batch = []
+                report("storing", stored, total)
+        ranges = list(_chunk_ranges(spool.samples, settings.chunk_size or chunk_size(total)))
+        database.retrying(lambda connection: store.finish_storing(connection, job_id, ranges))
+    except BaseException:
+        _discard(database, job_id)
+        raise
+    return SubmittedJob(job_id, seed, total, sum(spool.samples))
+
+
+def _begin(database: Database, options: JobOptions, seed: int) -> str:
+    while True:
+        new = store.NewJob(
+            id=new_id(),
+            checkpoint_key=options.checkpoint_key,
+            seed=seed,
+            params=dict(options.params),
+            name=options.name,
+            template=options.template,
+            priority=options.priority,
+            not_before=options.not_before,
+            deadline=options.deadline,
+            metadata=options.metadata,
+            firing_id=options.firing_id,
+            submitted_by=options.submitted_by,
+        )
+        try:
+            database.retrying(lambda connection, new=new: store.begin_storing(connection, new))  # type: ignore[misc]
+        except IntegrityError:
+            continue  # another submit drew the same id in the same millisecond
+        return new.id
+
+
+def _discard(database: Database, job_id: str) -> None:
+    """Removes what was stored of a job that will not be; housekeeping would, some time later."""
+    try:
+        while database.retrying(lambda connection: store.discard_storing(connection, job_id)):
+            pass
+    except NightherdError as error:
+        log.debug("left to housekeeping: %s", error)
+
+
+def chunk_size(total: int) -> int:
+    """Small enough that a small job occupies several workers, large enough to be cheap."""
+    even = -(-total // _CHUNKS_OF_SMALL_JOB)
+    return max(_SMALLEST_CHUNK, min(_LARGEST_CHUNK, even))
+
+
+def _chunk_ranges(samples: array[int], size: int) -> Iterator[store.ChunkRange]:
+    for first in range(0, len(samples), size):
+        part = samples[first : first + size]
+        yield store.ChunkRange(first, len(part), sum(part))

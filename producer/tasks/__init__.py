@@ -1,0 +1,88 @@
+"""The tasks of `--task`: small templates over a row's columns, each in a module of its own."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+from nightherd.errors import UsageError
+from producer.tasks.answer import ANSWER
+from producer.tasks.base import Argument, BoundTask, Task
+from producer.tasks.classify import CLASSIFY
+from producer.tasks.generate import GENERATE
+from producer.tasks.summarize import SUMMARIZE
+from producer.tasks.translate import TRANSLATE
+from producer.templates import RowBuilder, compile_template
+
+__all__ = [
+    "TASKS",
+    "Argument",
+    "BoundTask",
+    "Task",
+    "get_task",
+    "make_builder",
+    "parse_labels",
+    "parse_task_args",
+]
+
+TASKS: dict[str, Task] = {
+    task.name: task for task in (GENERATE, SUMMARIZE, TRANSLATE, ANSWER, CLASSIFY)
+}
+
+
+def get_task(name: str) -> Task:
+    """The task of that name; raises `UsageError` with the names there are."""
+    task = TASKS.get(name)
+    if task is None:
+        close = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(f"no task {name!r}{hint} (tasks: {', '.join(TASKS)})")
+    return task
+
+
+def parse_task_args(items: Sequence[str]) -> dict[str, str]:
+    """`KEY=VALUE` options as a dict; raises `UsageError`."""
+    args: dict[str, str] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise UsageError(
+                f"--task-arg {item!r} is not KEY=VALUE; e.g. --task-arg target_language=French"
+            )
+        if args.get(name, value) != value:
+            raise UsageError(f"--task-arg {name} is given twice: {args[name]!r} and {value!r}")
+        args[name] = value
+    return args
+
+
+def parse_labels(text: str) -> tuple[str, ...]:
+    """`a,b,c` as labels, without the spaces around them."""
+    return tuple(label.strip() for label in text.split(",")) if text.strip() else ()
+
+
+def make_builder(
+    *,
+    template: str | None = None,
+    system: str | None = None,
+    chat: bool = False,
+    task: str | None = None,
+    task_args: Mapping[str, str] | None = None,
+    labels: Sequence[str] = (),
+) -> RowBuilder | None:
+    """The builder for a command's options, None where rows are taken as they are.
+
+    Raises `UsageError` for a template that does not compile and for arguments without their task.
+    """
+    if task is None and task_args:
+        raise UsageError(f"--task-arg {next(iter(task_args))} has no --task to go to")
+    if task is None and labels:
+        raise UsageError("--labels has no --task to go to: add --task classify")
+    if template is None and system is None and not chat and task is None:
+        return None
+    return RowBuilder(
+        template=None if template is None else compile_template(template, "--template"),
+        system=None if system is None else compile_template(system, "--system"),
+        chat=chat,
+        task=None if task is None else get_task(task).bind(task_args, labels),
+    )

@@ -1,0 +1,297 @@
+"""Templates over a row's columns: Jinja2 in a sandbox, and the bodies that are made with them.
+
+`--template`, `--system` and the tasks are all compiled here. A template sees the row's columns by
+their names, and the whole row as `row` for names that are no identifiers: `{{ row['my column'] }}`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import jinja2.meta
+from jinja2.runtime import Context, StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import missing, pass_context
+
+from nightherd.errors import UsageError
+
+if TYPE_CHECKING:
+    from producer.tasks.base import BoundTask
+
+MAX_CHARS = 10_000_000
+"""What one template may write; no context is near it, and a slip such as `10**9` is beyond it."""
+
+_MAX_POWER_BITS = 20_000
+_MAX_NAMES = 20
+_PRINTED = frozenset((str, int, float, bool, list, tuple, dict))
+
+
+class BadRowError(Exception):
+    """One row cannot become a request; the message goes beside its line number."""
+
+
+def one_line(text: str, limit: int = 400) -> str:
+    """`text` on one line, printable and of bounded length: what a row holds can be anything."""
+    text = "".join(char if char.isprintable() else " " for char in text[: 4 * limit])
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def unstorable(text: str) -> str | None:
+    """Why `text` cannot be stored and encoded, if so."""
+    if "\0" in text:
+        return "a NUL character (U+0000), which SQL databases cannot store"
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return f"half of a surrogate pair (U+{ord(text[error.start]):04X}), which is no text"
+    return None
+
+
+def describe_columns(columns: Mapping[str, Any], what: str = "columns") -> str:
+    """The columns that are there, for the end of a message."""
+    names = [repr(name)[1:-1] for name in list(columns)[:_MAX_NAMES]]
+    more = ", …" if len(columns) > _MAX_NAMES else ""
+    return f"({what}: {', '.join(names)}{more})" if names else f"(it has no {what})"
+
+
+class _MissingColumnError(jinja2.UndefinedError):
+    """A template used a name that the row does not have."""
+
+
+class _Missing(StrictUndefined):
+    """An undefined value that speaks of columns; any use of it but `is defined` fails."""
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        hint: str | None = None,
+        obj: Any = missing,
+        name: str | None = None,
+        exc: type[jinja2.TemplateRuntimeError] = jinja2.UndefinedError,
+    ) -> None:
+        if hint is None and obj is missing:
+            hint, exc = f"column {name!r} is not there", _MissingColumnError
+        elif hint is None and isinstance(obj, dict):
+            hint = f"key {name!r} is not there {describe_columns(obj, 'keys')}"
+        super().__init__(hint, obj, name, exc)
+
+
+@pass_context
+def _printed(context: Context, value: object) -> object:
+    # "None" or "<built-in method …>" in the middle of ten million prompts is found too late.
+    if type(value) in _PRINTED:
+        return value
+    if value is None:
+        nulls = [repr(name) for name, column in context.parent.items() if column is None]
+        which = f" (null columns: {', '.join(nulls[:_MAX_NAMES])})" if nulls else ""
+        raise BadRowError(f"a value is null{which}; {{{{ … or '' }}}} writes nothing for it")
+    if isinstance(value, str | jinja2.Undefined):
+        return value
+    kind = type(value).__name__
+    if callable(value):
+        raise BadRowError(f"a {kind} is no text; a key of that name is reached by ['name']")
+    raise BadRowError(f"a {kind} is no text; | list or | join makes one of it")
+
+
+def _tojson(value: object, indent: int | None = None) -> str:
+    # Jinja's own escapes <, >, & and ' for HTML pages. `str` makes an undefined value complain.
+    return json.dumps(value, ensure_ascii=False, indent=indent, default=str)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    # An intercepted operator is also not computed while a template is compiled.
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        size = 0
+        if operator == "*":
+            for many, times in ((left, right), (right, left)):
+                if isinstance(many, str | list | tuple) and isinstance(times, int):
+                    size = len(many) * times
+        elif isinstance(left, int) and isinstance(right, int):
+            size = left.bit_length() * right * (MAX_CHARS // _MAX_POWER_BITS)
+        if size > MAX_CHARS:
+            raise BadRowError(f"what '{operator}' makes is too large")
+        return super().call_binop(context, operator, left, right)
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
+        if isinstance(obj, _Missing):
+            # That the column is missing comes before what was to be done with it.
+            return obj
+        return super().unsafe_undefined(obj, attribute)
+
+
+def _environment() -> _Sandbox:
+    sandbox = _Sandbox(
+        undefined=_Missing, autoescape=False, keep_trailing_newline=True, finalize=_printed
+    )
+    sandbox.filters["tojson"] = _tojson
+    # They would hide that a column of their name is missing, and no prompt needs them.
+    for name in ("lipsum", "cycler", "joiner", "dict"):
+        del sandbox.globals[name]
+    return sandbox
+
+
+_SANDBOX = _environment()
+
+
+class Template:
+    """A compiled template; `names` are the columns that it can use."""
+
+    __slots__ = ("_compiled", "_constant", "_uses_row", "names", "text", "what")
+
+    def __init__(
+        self, text: str, what: str, compiled: jinja2.Template, names: frozenset[str]
+    ) -> None:
+        self.text = text
+        self.what = what
+        self.names = names
+        self._compiled = compiled
+        self._uses_row = "row" in names
+        self._constant: str | None = None
+        if not any(mark in text for mark in ("{{", "{%", "{#")):
+            self._constant = self._run({})
+
+    def render(self, columns: Mapping[str, Any]) -> str:
+        """The text for one row; raises `BadRowError` whatever goes wrong."""
+        if self._constant is not None:
+            return self._constant
+        values = {"row": columns, **columns} if self._uses_row else columns
+        try:
+            text = self._run(values)
+        except BadRowError as error:
+            raise BadRowError(f"{self.what}: {error}") from None
+        except _MissingColumnError as error:
+            raise BadRowError(f"{error} {describe_columns(columns)}") from None
+        except jinja2.TemplateRuntimeError as error:
+            raise BadRowError(one_line(f"{self.what}: {error}")) from None
+        except Exception as error:
+            # A template is the user's program over the user's data: it may raise anything.
+            reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+            raise BadRowError(one_line(f"{self.what}: {reason}")) from None
+        held = unstorable(text)
+        if held is not None:
+            raise BadRowError(f"{self.what} writes {held}")
+        return text
+
+    def _run(self, values: Mapping[str, Any]) -> str:
+        pieces: list[str] = []
+        size = 0
+        # Counted piece by piece, so that a loop ends when it has written too much.
+        context = self._compiled.new_context(values if type(values) is dict else dict(values))
+        for piece in self._compiled.root_render_func(context):
+            size += len(piece)
+            if size > MAX_CHARS:
+                raise BadRowError(f"it writes more than {MAX_CHARS:,} characters")
+            pieces.append(piece)
+        return "".join(pieces)
+
+
+def compile_template(text: str, what: str) -> Template:
+    """Compiles `text`; `what` names the option it came from.
+
+    Raises `UsageError` with the option and the line of a syntax error.
+    """
+    reason = unstorable(text)
+    if reason:
+        raise UsageError(f"{what} holds {reason}")
+    try:
+        tree = _SANDBOX.parse(text)
+        names = jinja2.meta.find_undeclared_variables(tree)
+        if any(True for _ in jinja2.meta.find_referenced_templates(tree)):
+            raise UsageError(f"{what} cannot include or import other templates; write it out")
+        compiled = _SANDBOX.from_string(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise UsageError(one_line(f"{what}, line {error.lineno}: {error.message}")) from None
+    except (MemoryError, OverflowError, RecursionError, SyntaxError, ValueError) as error:
+        # Python's own compiler has limits too, such as the depth of nested blocks.
+        raise UsageError(one_line(f"{what} cannot be compiled: {error}")) from None
+    return Template(text, what, compiled, frozenset(names))
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@dataclass(frozen=True, slots=True)
+class RowBuilder:
+    """Makes request bodies as `--template`, `--system`, `--chat` and `--task` say.
+
+    With a template or a task a row's keys are columns. Without one a row is a request of its own,
+    to which only the system message is added, so that its parameters keep their meaning.
+    """
+
+    template: Template | None = None
+    system: Template | None = None
+    chat: bool = False
+    task: BoundTask | None = None
+
+    @property
+    def reads_columns(self) -> bool:
+        """Whether a row's keys are columns, not the keys of a request."""
+        return self.template is not None or (self.task is not None and not self.task.is_identity)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The columns that a request may have because the system message uses them."""
+        return self.system.names if self.system is not None else frozenset()
+
+    @property
+    def default_params(self) -> dict[str, Any]:
+        """The task's parameters, a layer below the job's own."""
+        return self.task.params if self.task is not None else {}
+
+    def job_params(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The job's parameters: those given, then the task's where they do not contradict."""
+        params = {**self.default_params, **given}
+        if "max_tokens" not in given and params.get("min_tokens", 0) > params.get("max_tokens", 0):
+            params.pop("max_tokens", None)
+        return params
+
+    def describe(self) -> dict[str, Any]:
+        """What is stored with the job: the texts and names that made its bodies, as JSON."""
+        described: dict[str, Any] = {}
+        if self.template is not None:
+            described["template"] = self.template.text
+        if self.system is not None:
+            described["system"] = self.system.text
+        if self.chat:
+            described["chat"] = True
+        if self.task is not None:
+            described["task"] = self.task.describe()
+        return described
+
+    def from_columns(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """The body for a row of columns; raises `BadRowError`."""
+        text = self.template.render(columns) if self.template is not None else None
+        body = {"prompt": text} if self.task is None else self.task.build(columns, text)
+        return self.from_request(body, columns)
+
+    def from_request(self, body: dict[str, Any], columns: Mapping[str, Any]) -> dict[str, Any]:
+        """`body` with the system message and as a chat, where asked; raises `BadRowError`."""
+        if self.system is None and not self.chat:
+            return body
+        messages = body.get("messages")
+        if messages is None:
+            prompt = body.get("prompt")
+            if not isinstance(prompt, str):
+                option = "--chat" if self.system is None else "--system"
+                raise BadRowError(f"{option} needs a text prompt, this row's is token ids")
+            messages = [_message("user", prompt)]
+        elif self.task is not None and self.system is not None:
+            messages = [message for message in messages if message["role"] != "system"]
+        if self.system is not None:
+            if any(message["role"] in ("system", "developer") for message in messages):
+                raise BadRowError("the row has a system message already; give it there or --system")
+            messages = [_message("system", self.system.render(columns)), *messages]
+        # No prompt beside it: a base checkpoint would answer that one, without the system message.
+        made = {**body, "messages": messages}
+        made.pop("prompt", None)
+        return made

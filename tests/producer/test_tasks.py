@@ -1,0 +1,218 @@
+"""The tasks: both forms of each, their columns, arguments and defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nightherd.errors import UsageError
+from nightherd.params import effective_params, parse_body, parse_params
+from producer.tasks import TASKS, get_task, make_builder, parse_labels, parse_task_args
+from producer.tasks.base import BoundTask
+from producer.templates import BadRowError
+
+NEEDS: dict[str, dict[str, Any]] = {
+    "translate": {"args": {"target_language": "Dutch"}},
+    "classify": {"labels": ("good", "bad")},
+}
+REAL = [name for name in TASKS if name != "generate"]
+
+
+def bound(name: str) -> BoundTask:
+    return get_task(name).bind(**NEEDS.get(name, {}))
+
+
+def test_the_names() -> None:
+    assert list(TASKS) == ["generate", "summarize", "translate", "answer", "classify"]
+    assert all(task.name == name and task.help.endswith(".") for name, task in TASKS.items())
+
+
+@pytest.mark.parametrize("name", REAL)
+class TestEvery:
+    def test_both_forms(self, name: str) -> None:
+        body = bound(name).build({"text": "The row's {{ text }}."})
+        assert parse_body(body) == body
+        assert [message["role"] for message in body["messages"]] == ["system", "user"]
+        assert "The row's {{ text }}." in body["messages"][1]["content"]
+        assert body["prompt"].count("The row's {{ text }}.") == 1
+
+    def test_the_base_form_ends_where_the_answer_begins(self, name: str) -> None:
+        prompt = bound(name).build({"text": "T"})["prompt"]
+        # A space at the end would split the token that the answer begins with.
+        assert prompt.endswith(":")
+        assert prompt.startswith("Each ")
+
+    def test_a_stop_string_ends_the_base_form_and_no_prompt_ends_with_it(self, name: str) -> None:
+        task = bound(name)
+        prompt = task.build({"text": "T"})["prompt"]
+        head, _, _ = prompt.rpartition("\n\n")
+        assert any(stop in prompt.removeprefix(head)[1:] for stop in task.params["stop"])
+        assert not any(prompt.endswith(stop) for stop in task.params["stop"])
+        # An answer of several paragraphs passes.
+        assert all(stop.strip() for stop in task.params["stop"])
+
+    def test_the_defaults_are_parameters(self, name: str) -> None:
+        params = bound(name).params
+        assert parse_params(params) == params
+        assert effective_params({"temperature": 0.5}, params).temperature == 0.5
+
+    def test_the_first_input_counts(self, name: str) -> None:
+        first, second = TASKS[name].inputs[:2]
+        assert bound(name).text_of({second: "b", first: "a"}) == "a"
+        assert bound(name).text_of({second: "b", first: None}) == "b"
+
+    def test_plain_text_will_do(self, name: str) -> None:
+        assert "text" in TASKS[name].inputs
+        assert "prompt" in TASKS[name].inputs
+
+    def test_no_input(self, name: str) -> None:
+        with pytest.raises(BadRowError) as error:
+            bound(name).build({"a": "b"})
+        assert str(error.value) == (
+            f"--task {name} needs one of the columns {', '.join(TASKS[name].inputs)} "
+            "(columns: a); or a --template that makes its text"
+        )
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(["a"], "an array"), ({}, "an object"), (True, "a truth value")],
+)
+def test_an_input_that_is_no_text(value: object, kind: str) -> None:
+    with pytest.raises(BadRowError) as error:
+        bound("summarize").build({"text": value})
+    assert str(error.value) == f"column 'text' must be text, it is {kind}"
+
+
+def test_a_number_is_text() -> None:
+    assert bound("answer").text_of({"question": 7}) == "7"
+
+
+def test_generate_is_the_identity() -> None:
+    task = bound("generate")
+    assert task.is_identity
+    assert task.params == {}
+    assert task.build({"prompt": "a"}) == {"prompt": "a"}
+
+
+def test_translate_names_its_languages() -> None:
+    task = get_task("translate").bind({"target_language": "Dutch", "source_language": "Polish"})
+    body = task.build({"text": "Cześć"})
+    assert "from Polish into Dutch" in body["messages"][1]["content"]
+    assert body["prompt"].startswith("Each text")
+    assert body["prompt"].endswith("\n\nText (Polish): Cześć\nDutch:")
+    assert bound("translate").build({"text": "Cześć"})["prompt"].endswith("\n\nText: Cześć\nDutch:")
+
+
+def test_answer_uses_a_context_where_there_is_one() -> None:
+    task = bound("answer")
+    with_context = task.build({"question": "Q?", "context": "C."})
+    assert with_context["prompt"].endswith("\n\nContext: C.\nQuestion: Q?\nAnswer:")
+    assert "Context: C." in with_context["messages"][1]["content"]
+    for row in ({"question": "Q?"}, {"question": "Q?", "context": None}):
+        without = task.build(row)
+        assert "Context" not in without["prompt"]
+        assert without["messages"][1]["content"] == "Q?"
+
+
+def test_classify_puts_its_labels_in_and_leaves_them_room() -> None:
+    task = get_task("classify").bind(labels=("good", "sehr schön"))
+    body = task.build({"text": "T"})
+    assert "good, sehr schön" in body["messages"][1]["content"]
+    assert body["prompt"].endswith("\n\nText: T\nLabels: good, sehr schön\nLabel:")
+    params = task.params
+    assert params["temperature"] == 0.0
+    # Enough even where every byte is a token: a space, the label, the stop string.
+    assert params["max_tokens"] >= len(" sehr schön\n\nText:".encode())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"task": "sumarize"},
+            (
+                "no task 'sumarize'; did you mean summarize? "
+                "(tasks: generate, summarize, translate, answer, classify)"
+            ),
+        ),
+        (
+            {"task": "xyz"},
+            "no task 'xyz' (tasks: generate, summarize, translate, answer, classify)",
+        ),
+        (
+            {"task": "translate"},
+            "--task translate needs target_language: --task-arg target_language=French",
+        ),
+        (
+            {"task": "translate", "task_args": {"target": "x"}},
+            (
+                "--task translate has no argument 'target' (it takes: target_language, "
+                "source_language); e.g. --task-arg target_language=French"
+            ),
+        ),
+        (
+            {"task": "translate", "task_args": {"target_language": " "}},
+            (
+                "--task-arg target_language must be one line of text, got ' '; "
+                "e.g. --task-arg target_language=French"
+            ),
+        ),
+        (
+            {"task": "translate", "task_args": {"target_language": "x\udce9"}},
+            (
+                "--task translate: 'x\\udce9' holds half of a surrogate pair (U+DCE9), "
+                "which is no text"
+            ),
+        ),
+        (
+            {"task": "answer", "task_args": {"x": "y"}},
+            "--task answer has no argument 'x' (it takes: none)",
+        ),
+        (
+            {"task": "classify"},
+            "--task classify needs two labels or more, got none: --labels positive,negative",
+        ),
+        (
+            {"task": "classify", "labels": ("a",)},
+            "--task classify needs two labels or more, got 'a' alone: --labels positive,negative",
+        ),
+        ({"task": "classify", "labels": ("a", "a")}, "label 'a' is given twice"),
+        ({"task": "classify", "labels": ("a", "")}, "a label must be one line of text, got ''"),
+        (
+            {"task": "summarize", "labels": ("a", "b")},
+            "--task summarize takes no labels; --labels is for classify",
+        ),
+        ({"labels": ("a", "b")}, "--labels has no --task to go to: add --task classify"),
+        ({"task_args": {"a": "b"}}, "--task-arg a has no --task to go to"),
+    ],
+)
+def test_usage(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        make_builder(**options)
+    assert str(error.value) == message
+
+
+def test_task_args() -> None:
+    assert parse_task_args(["a=b=c", " d =", "a=b=c"]) == {"a": "b=c", "d": ""}
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (["x"], "--task-arg 'x' is not KEY=VALUE; e.g. --task-arg target_language=French"),
+        (["=x"], "--task-arg '=x' is not KEY=VALUE; e.g. --task-arg target_language=French"),
+        (["a=b", "a=c"], "--task-arg a is given twice: 'b' and 'c'"),
+    ],
+)
+def test_bad_task_args(items: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_task_args(items)
+    assert str(error.value) == message
+
+
+def test_labels() -> None:
+    assert parse_labels(" a, b b ,c") == ("a", "b b", "c")
+    assert parse_labels(" ") == ()
+    assert parse_labels("a,,b") == ("a", "", "b")
