@@ -1,0 +1,1 @@
+"""Turns token ids into token ids. No Celery, no SQL, no strings."""
