@@ -347,7 +347,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=OUT, help="the folder to write")
-    parser.add_argument("--steps", type=int, default=2800, help="optimiser steps (default 2800)")
+    parser.add_argument("--steps", type=int, default=1400, help="optimiser steps (default 1400)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default 0.003)")
     parser.add_argument("--seed", type=int, default=0, help="the seed of everything (default 0)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
