@@ -84,13 +84,13 @@ def _alone(database: Database) -> Iterator[Connection]:
             )
             yield connection
         return
-    name = database.url.database
-    if not name or name == ":memory:":
-        with database.write() as connection:
-            yield connection
-        return
     # BEGIN IMMEDIATE alone would do, but for the switch to WAL on a new file, which cannot wait.
-    with open(f"{name}.migrate.lock", "w") as lock:
+    path = f"{database.url.database}.migrate.lock"
+    try:
+        lock = open(path, "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise DatabaseError(f"cannot write {path}: {error.strerror}") from error
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with database.write() as connection:
             yield connection
@@ -131,7 +131,7 @@ def differences(database: Database) -> list[str]:
 
 def _prepare_folder(database: Database) -> None:
     name = database.url.database
-    if database.dialect != "sqlite" or not name or name == ":memory:":
+    if database.dialect != "sqlite" or name is None:
         return
     try:
         Path(name).parent.mkdir(parents=True, exist_ok=True, mode=0o700)

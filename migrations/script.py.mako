@@ -5,8 +5,8 @@ Rules for every migration, so that a fleet can be upgraded while it works:
 * Workers of the previous release run on while it is applied: add before you remove; a column is
   nullable or has a server default; what is dropped or renamed has been unused for one release.
 * It goes up, down and up again on filled tables, on SQLite and on PostgreSQL (tests/migrations).
-* On PostgreSQL: indexes on large tables CONCURRENTLY, in an autocommit block; no lock is waited for
-  longer than `lock_timeout`, which env.py sets.
+* It is one transaction, in which no lock is waited for longer than `lock_timeout`, which the runner
+  sets. An index on a large table blocks writers for as long as it takes: the release's notes say so.
 
 Revision: ${up_revision}
 Down: ${down_revision | comma,n}

@@ -7,9 +7,18 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import DateTime, Dialect, Float, MetaData, literal, types
+from sqlalchemy import (
+    ColumnElement,
+    DateTime,
+    Dialect,
+    Float,
+    MetaData,
+    literal,
+    literal_column,
+    types,
+)
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -47,6 +56,16 @@ class Base(DeclarativeBase):
 
     metadata = MetaData(naming_convention=NAMING_CONVENTION)
     type_annotation_map = {datetime: UTCDateTime()}  # noqa: RUF012 - SQLAlchemy reads it so
+
+
+def one_of(column: InstrumentedAttribute[str], *values: str) -> ColumnElement[bool]:
+    """`column = …` or `column IN (…)`, with the values spelt out in the statement.
+
+    Were they bound, a prepared statement's plan, made for any values, could not use the partial
+    indexes on states. SQLite wants the very words of the index. Never for values from outside.
+    """
+    spelt: list[ColumnElement[str]] = [literal_column(f"'{value}'") for value in values]
+    return column == spelt[0] if len(spelt) == 1 else column.in_(spelt)
 
 
 class db_now(FunctionElement[datetime]):

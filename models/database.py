@@ -11,7 +11,14 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, create_engine, event, make_url, select
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InternalError,
+    NoSuchModuleError,
+    OperationalError,
+)
+from sqlalchemy.exc import DatabaseError as SQLDatabaseError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from models.base import db_now
@@ -21,10 +28,28 @@ T = TypeVar("T")
 
 _READING = "nightherd_reading"
 
-# PostgreSQL: serialisation failure, deadlock, lock not available, too many connections,
-# shutdown, crash, starting up. Connection failures (class 08) are seen by `is_disconnect`.
-_TRANSIENT_SQLSTATES = {"40001", "40P01", "55P03", "53300", "57P01", "57P02", "57P03"}
+# PostgreSQL: serialisation failure, deadlock, lock not available, shutdown, crash, starting up,
+# idle in a transaction for too long (this process stood still), read-only (a stand-by), I/O error;
+# all connection failures (08) and all lack of disk, memory or connections (53).
+_TRANSIENT_SQLSTATES = {
+    *("40001", "40P01", "55P03", "57P01", "57P02", "57P03"),
+    *("25P03", "25006", "58030"),
+}
+_TRANSIENT_CLASSES = ("08", "53")
 _CLIENT_CONNECT_SECONDS = 5
+
+# A process that stands still, or a machine that is gone, in the middle of a transaction must not
+# hold its row locks for as long as a lease. Without statistics of a table, fresh as it is, a bitmap
+# scan and a sort of a whole job would look cheaper than a page of it in the order of its index; and
+# no statement here runs for so long that it should be compiled.
+_POSTGRESQL_SESSION = """
+    SET idle_in_transaction_session_timeout = '10s';
+    SET tcp_keepalives_idle = 10;
+    SET tcp_keepalives_interval = 5;
+    SET tcp_keepalives_count = 3;
+    SET enable_bitmapscan = off;
+    SET jit = off
+"""
 
 
 def is_transient(error: BaseException) -> bool:
@@ -38,13 +63,14 @@ def is_transient(error: BaseException) -> bool:
     original = error.orig
     sqlstate = getattr(original, "sqlstate", None)
     if sqlstate is not None:
-        return sqlstate in _TRANSIENT_SQLSTATES or sqlstate.startswith("08")
+        return sqlstate in _TRANSIENT_SQLSTATES or sqlstate.startswith(_TRANSIENT_CLASSES)
     if isinstance(original, sqlite3.OperationalError):
-        # Full disks and read-only folders count too: for a worker with finished results in hand,
-        # waiting for a human is better than dropping them. `patience` bounds the others.
+        # Full and read-only disks count too: for a worker with finished results in hand, waiting
+        # for a human is better than dropping them. `patience` bounds the others.
         text = str(original)
         return any(
-            word in text for word in ("locked", "busy", "full", "disk I/O", "unable to open")
+            word in text
+            for word in ("locked", "busy", "full", "disk I/O", "unable to open", "readonly")
         )
     # psycopg reports a server that refuses connections without a state.
     return isinstance(error, OperationalError)
@@ -53,12 +79,31 @@ def is_transient(error: BaseException) -> bool:
 def explain(error: DBAPIError | PoolTimeout, url: URL) -> DatabaseError:
     """The user's one line for a database that refuses."""
     original = getattr(error, "orig", None) or error
+    # The first line says it; hints and the place in the statement follow.
     lines = [line.strip() for line in str(original).splitlines() if line.strip()]
-    reason = lines[-1] if lines else type(original).__name__
+    reason = lines[0].removeprefix("connection failed: ") if lines else type(original).__name__
     place = url.render_as_string(hide_password=True)
     return DatabaseError(
         f"the database {place} refuses: {reason} (is it running, is NIGHTHERD_DATABASE_URL right?)"
     )
+
+
+@contextmanager
+def driver_errors(connection: Connection, statement: str) -> Iterator[None]:
+    """For what goes past SQLAlchemy to the driver: the driver's errors as SQLAlchemy's own."""
+    dialect = connection.dialect
+    base: type[Exception] = dialect.loaded_dbapi.Error
+    try:
+        yield
+    except base as error:
+        raise DBAPIError.instance(
+            statement,
+            None,
+            error,
+            base,
+            connection_invalidated=dialect.is_disconnect(error, None, None),  # type: ignore[arg-type]
+            dialect=dialect,
+        ) from error
 
 
 class Database:
@@ -71,7 +116,8 @@ class Database:
     def __init__(self, url: str, *, pool_size: int = 3) -> None:
         try:
             self.url = make_url(url)
-        except ArgumentError:
+        except (ArgumentError, ValueError):
+            # Nothing of it is shown: any part of an unreadable one may be a password.
             raise SettingsError(
                 "NIGHTHERD_DATABASE_URL is no URL; it looks like postgresql://user:password@host/db"
             ) from None
@@ -83,6 +129,11 @@ class Database:
             )
         arguments: dict[str, Any]
         if self.dialect == "sqlite":
+            if self.url.database in (None, "", ":memory:"):
+                raise SettingsError(
+                    "NIGHTHERD_DATABASE_URL: a database in memory ends with its process; "
+                    "use sqlite:////path/to/file.db"
+                )
             arguments = {"timeout": 30, "check_same_thread": False}
         else:
             arguments = {
@@ -91,6 +142,7 @@ class Database:
                 "keepalives_idle": 30,
                 "keepalives_interval": 10,
                 "keepalives_count": 3,
+                "tcp_user_timeout": 30_000,
             }
         try:
             self.engine = create_engine(
@@ -106,6 +158,8 @@ class Database:
         if self.dialect == "sqlite":
             event.listen(self.engine, "connect", _prepare_sqlite_connection)
             event.listen(self.engine, "begin", _begin_sqlite)
+        else:
+            event.listen(self.engine, "connect", _prepare_postgresql_connection)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -148,7 +202,7 @@ class Database:
                     return work(connection)
             except (DBAPIError, PoolTimeout) as error:
                 if not is_transient(error):
-                    if isinstance(error, OperationalError):
+                    if _is_its_own_trouble(error):
                         raise explain(error, self.url) from error
                     raise
                 failure = explain(error, self.url)
@@ -170,6 +224,17 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def _is_its_own_trouble(error: DBAPIError | PoolTimeout) -> bool:
+    """Whether the database is at fault, as a damaged file is, and not a value or a statement."""
+    return isinstance(error, OperationalError | InternalError) or type(error) is SQLDatabaseError
+
+
+def _prepare_postgresql_connection(connection: Any, _record: object) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(_POSTGRESQL_SESSION)
+    connection.commit()
 
 
 def _prepare_sqlite_connection(connection: sqlite3.Connection, _record: object) -> None:

@@ -135,9 +135,9 @@ class Chunk(Base):
     deaths: Mapped[int] = mapped_column(Integer, default=0)
     """Workers that died with it running."""
     worker_id: Mapped[str | None] = mapped_column(String(16))
-    samples: Mapped[int] = mapped_column(Integer)
-    done: Mapped[int] = mapped_column(Integer, default=0)
-    failed: Mapped[int] = mapped_column(Integer, default=0)
+    samples: Mapped[int] = mapped_column(BigInteger)
+    done: Mapped[int] = mapped_column(BigInteger, default=0)
+    failed: Mapped[int] = mapped_column(BigInteger, default=0)
     prompt_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
     completion_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
     claimed_at: Mapped[datetime | None]
@@ -219,8 +219,11 @@ class Result(Base):
     __table_args__ = (
         CheckConstraint(_one_of("finish_reason", ("stop", "length", "error")), name="reason"),
         Index(
+            # Failures in the order of export; with the code, to count them from it alone.
             "ix_results_failed",
             "job_id",
+            "index",
+            "sample",
             "error_code",
             sqlite_where=sql("error_code IS NOT NULL"),
             postgresql_where=sql("error_code IS NOT NULL"),

@@ -36,7 +36,7 @@ class Worker(Base):
     renewed_at: Mapped[datetime] = mapped_column(insert_default=db_now())
     speed: Mapped[float] = mapped_column(Float, default=0.0)
     """Output tokens a second, of late."""
-    version: Mapped[str] = mapped_column(String(32))
+    version: Mapped[str] = mapped_column(Text)
 
     __table_args__ = (
         CheckConstraint(

@@ -43,8 +43,12 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "worker": Entry("worker.commands.worker:worker", "Serve a checkpoint: claim and generate."),
         "workers": Entry("producer.commands.workers:workers", "List live workers."),
         "beat": Entry("producer.commands.beat:beat", "Run the housekeeping tick."),
+        "doctor": Entry("worker.commands.doctor:doctor", "Check whether a job could run."),
     },
     "Set-up": {
+        "checkpoint": Entry(
+            "worker.commands.checkpoint:checkpoint", "Check, download, convert checkpoints."
+        ),
         "db": Entry("producer.commands.db:db", "Upgrade and check the database's schema."),
     },
 }

@@ -68,46 +68,64 @@ class SamplingParams(BaseModel):
     `seed` stands apart from the rest in storage: results point at a parameter set without it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     max_tokens: Annotated[StrictInt, Field(ge=1)] = DEFAULT_MAX_TOKENS
     """Tokens to generate, at most."""
     max_length: Annotated[StrictInt, Field(ge=1)] | None = None
     """Prompt and generated tokens together, at most (transformers' name)."""
     min_tokens: Annotated[StrictInt, Field(ge=0)] = 0
+    """No end of sequence, stop token or stop string counts before so many tokens."""
     temperature: Annotated[FiniteFloat, Field(ge=0)] = 1.0
     """0 is greedy."""
     top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens that make up this probability."""
     top_k: Annotated[StrictInt, Field(ge=-1)] = 0
     """0 and -1 are off."""
     min_p: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.0
+    """Drop tokens less likely than this share of the likeliest."""
     repetition_penalty: Annotated[FiniteFloat, Field(gt=0)] = 1.0
+    """Above 1 discourages tokens of prompt and output."""
     presence_penalty: Annotated[FiniteFloat, Field(ge=-2, le=2)] = 0.0
+    """Subtracted once from the logits of tokens that the output has."""
     frequency_penalty: Annotated[FiniteFloat, Field(ge=-2, le=2)] = 0.0
+    """Subtracted for each time that the output has a token."""
     seed: Seed | None = None
+    """Of a request alone; the job has `--seed`."""
     n: Annotated[StrictInt, Field(ge=1, le=10_000)] = 1
+    """Samples of one prompt."""
     stop: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
         BeforeValidator(_one_or_many),
         Field(max_length=64),
     ] = ()
+    """End before any of these texts."""
     stop_token_ids: Annotated[tuple[TokenId, ...], BeforeValidator(_one_or_many)] = ()
+    """End at any of these tokens, which are left out."""
     ignore_eos: StrictBool = False
+    """Do not end at the end of sequence."""
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     """How many alternatives to report beside each chosen token; None is none at all."""
     skip_special_tokens: StrictBool = True
+    """Leave special tokens out of the text."""
     include_stop_str_in_output: StrictBool = False
+    """Keep the stop string at the end of the text."""
     truncate_prompt_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     """Keep only the last so many tokens of the prompt."""
     add_special_tokens: StrictBool | None = None
     """None: yes for a prompt, no for a chat (its template has written them)."""
     response_format: dict[str, Any] | None = None
+    """A JSON format, as the OpenAI API has it; not by the plain backend."""
     structured_outputs: dict[str, Any] | None = None
+    """A JSON schema, regex, choice or grammar; not by the plain backend."""
     logit_bias: Annotated[
         dict[TokenId, Annotated[FiniteFloat, Field(ge=-100, le=100)]], BeforeValidator(_int_keys)
     ] = Field(default_factory=dict)
+    """Added to the logits of these token ids, from -100 to 100."""
     bad_words: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Words that never appear, with or without a space before them."""
     allowed_token_ids: Annotated[tuple[TokenId, ...], Field(min_length=1)] | None = None
+    """Only these tokens may be chosen."""
 
     @model_validator(mode="after")
     def _min_below_max(self) -> SamplingParams:
@@ -161,19 +179,33 @@ def _canonical_names(given: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def _plain(text: str) -> str:
+    """pydantic's message as the rest of a sentence that begins with the name."""
+    for theirs, ours in (
+        ("Input should be", "must be"),
+        ("String should have", "must have"),
+        ("List should have", "must have"),
+        ("Tuple should have", "must have"),
+        ("Field required", "is missing"),
+        ("Extra inputs are not permitted", "is not known here"),
+        (" after validation, not 0", ""),
+    ):
+        text = text.replace(theirs, ours)
+    return text
+
+
 def describe_error(error: ValidationError) -> str:
     """The first problem of a pydantic error in the user's words: name, rule, value."""
     first = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(name, PARAMETER_NAMES, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = f"; did you mean {close[0]}?" if close else "; docs/parameters.md lists them"
         return f"unknown parameter {name!r}{hint}"
     text = str(first["msg"]).removeprefix("Value error, ")
     if not name:
         return text
-    text = text.replace("Input should be", "must be", 1).replace("List should", "must", 1)
-    return f"{name} {text}, got {first.get('input')!r}"
+    return f"{name} {_plain(text)}, got {first.get('input')!r}"
 
 
 def parse_params(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,7 +232,8 @@ def effective_params(*layers: Mapping[str, Any] | None) -> SamplingParams:
     for layer in reversed(layers):
         merged.update(layer or {})
     # The default takes part in the check of min_tokens against max_tokens.
-    merged.setdefault("max_tokens", max(DEFAULT_MAX_TOKENS, merged.get("min_tokens", 0)))
+    least = merged.get("max_length") or DEFAULT_MAX_TOKENS
+    merged.setdefault("max_tokens", max(least, merged.get("min_tokens", 0)))
     try:
         return SamplingParams.model_validate(merged)
     except ValidationError as error:
@@ -289,6 +322,5 @@ def parse_body(given: Mapping[str, Any]) -> dict[str, Any]:
             str(part) for part in first["loc"] if part not in ("str", "function-before[_flatten()")
         )
         text = str(first["msg"]).removeprefix("Value error, ")
-        text = text.replace("Input should be", "must be", 1)
-        raise ParameterError(f"{place} {text}".strip()) from None
+        raise ParameterError(f"{place} {_plain(text)}".strip()) from None
     return body.model_dump(mode="json", exclude_none=True)

@@ -1,23 +1,27 @@
-"""The settings: one typed, documented place, read from `NIGHTHERD_*`, `.env` and defaults.
+"""The settings: one typed, documented place.
 
-The environment goes before `.env` in the current folder. An unknown `NIGHTHERD_*` name is an
-error: a misspelt setting must not be silently without effect.
+Read from the environment (`NIGHTHERD_*`), then `.env`, then `nightherd.toml`, both in the current
+folder, then the defaults. An unknown name is an error wherever it stands: a misspelt setting must
+not be silently without effect.
 """
 
 from __future__ import annotations
 
 import difflib
-import functools
 import os
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from nightherd.errors import SettingsError
 
 PREFIX = "NIGHTHERD_"
+ENV_FILE = ".env"
+TOML_FILE = "nightherd.toml"
 
 
 def default_home() -> Path:
@@ -26,12 +30,10 @@ def default_home() -> Path:
     return Path(base).expanduser() / "nightherd"
 
 
-class Settings(BaseSettings):
-    """All settings; each is `NIGHTHERD_` + its name in capitals."""
+class Settings(BaseModel):
+    """All settings: `NIGHTHERD_` + the name in capitals, or the name itself in `nightherd.toml`."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     home: Path = Field(
         default_factory=default_home,
@@ -99,6 +101,26 @@ class Settings(BaseSettings):
             raise ValueError("must be DEBUG, INFO, WARNING or ERROR")
         return value.upper()
 
+    @field_validator("broker_url")
+    @classmethod
+    def _readable_broker(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        scheme, _, rest = value.get_secret_value().partition("://")
+        try:
+            parts = urlsplit(value.get_secret_value())
+            # What stands behind the host and has an @ is the rest of a password with a bare / ? #.
+            torn = "@" in f"{parts.path}{parts.query}" or bool(parts.fragment)
+            _ = parts.port
+        except ValueError:
+            torn = True
+        if scheme not in ("redis", "rediss", "redis+socket") or not rest or torn:
+            raise ValueError(
+                "must be redis://:password@host:6379/0, rediss://… or redis+socket:///path, "
+                "with %XX for special characters"
+            )
+        return value
+
     @field_validator("home")
     @classmethod
     def _absolute_home(cls, value: Path) -> Path:
@@ -142,29 +164,75 @@ def redact_url(url: str) -> str:
     )
 
 
-def _refuse_unknown_names() -> None:
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
-    for name in os.environ:
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
-            close = difflib.get_close_matches(name.upper(), known, n=1)
+def _variable(name: str) -> str:
+    return PREFIX + name.upper()
+
+
+def _from_variables(variables: Mapping[str, str | None], where: str) -> dict[str, Any]:
+    """The settings among variables; raises `SettingsError` for an unknown `NIGHTHERD_*` name."""
+    known = {_variable(name): name for name in Settings.model_fields}
+    found = {}
+    for variable, value in variables.items():
+        if variable.upper() in known and value:
+            found[known[variable.upper()]] = value
+        elif variable.upper().startswith(PREFIX) and variable.upper() not in known:
+            close = difflib.get_close_matches(variable.upper(), known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise SettingsError(f"unknown setting {name}{hint}")
+            raise SettingsError(f"unknown setting {variable} in {where}{hint}")
+    return found
+
+
+def _from_env_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    from dotenv import dotenv_values
+
+    try:
+        return _from_variables(dotenv_values(path), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from None
+
+
+def _from_toml_file(path: Path) -> dict[str, Any]:
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from None
+    for name in found:
+        if name not in Settings.model_fields:
+            close = difflib.get_close_matches(name, Settings.model_fields, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise SettingsError(f"unknown setting {name} in {path}{hint}")
+    return found
+
+
+def read_sources() -> list[tuple[str, dict[str, Any]]]:
+    """What each source sets, the strongest first; for `nightherd doctor` to say what counts."""
+    return [
+        ("the environment", _from_variables(os.environ, "the environment")),
+        (ENV_FILE, _from_env_file(Path(ENV_FILE))),
+        (TOML_FILE, _from_toml_file(Path(TOML_FILE))),
+    ]
 
 
 def load_settings() -> Settings:
     """Reads the settings; raises `SettingsError` naming the one that is unknown or invalid."""
-    _refuse_unknown_names()
+    sources = read_sources()
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for where, found in reversed(sources):
+        values |= found
+        origin |= dict.fromkeys(found, where)
     try:
-        return Settings()
+        return Settings.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = PREFIX + "_".join(str(part) for part in first["loc"]).upper()
+        name = str(first["loc"][0])
+        secret = name in ("database_url", "broker_url")
+        given = "" if secret else f" (got {first.get('input')!r})"
         raise SettingsError(
-            f"setting {name} is invalid: {first['msg']} (got {first.get('input')!r})"
+            f"setting {_variable(name)} in {origin.get(name, 'the defaults')} is invalid: "
+            f"{first['msg'].removeprefix('Value error, ')}{given}"
         ) from None
-
-
-@functools.cache
-def settings() -> Settings:
-    """The settings of this process, read once."""
-    return load_settings()

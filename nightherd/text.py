@@ -1,7 +1,7 @@
 """Text to token ids and back: chat templates, prompts, decoding. No torch, no transformers.
 
-A checkpoint's folder is read as transformers reads it, so that the tokens are the same: the fast
-tokenizer of `tokenizer.json`, the special tokens of `tokenizer_config.json` and
+A checkpoint's folder is read as transformers reads it, so that the tokens are the same: the
+tokenizer (`nightherd.tokenizer`), the special tokens of `tokenizer_config.json` and
 `special_tokens_map.json`, the chat template of `chat_template.jinja` or `tokenizer_config.json`.
 """
 
@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from nightherd.chat import ChatTemplate
 from nightherd.errors import CheckpointError, ParameterError, RowError
 from nightherd.params import SamplingParams, generation_config_layer
+from nightherd.tokenizer import load_tokenizer, read_json, special_tokens
 
 PROMPT_TAIL = 8
 """How many last tokens of the prompt give `decode` enough context: twice the longest UTF-8
@@ -26,22 +27,6 @@ sequence of single-byte tokens."""
 
 _REPLACEMENT = "\ufffd"
 _METASPACE = "\u2581"
-
-
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """The JSON object in `folder/name`, empty if there is no such file.
-
-    Raises `CheckpointError` where it cannot be read or is no object.
-    """
-    try:
-        value = json.loads((folder / name).read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / name} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{folder / name} is not a JSON object")
-    return value
 
 
 class TextProcessor:
@@ -61,7 +46,7 @@ class TextProcessor:
         self.special_tokens = dict(special_tokens)
         """By role: `bos_token`, `eos_token`, …"""
         self.tokenizer_hash = tokenizer_hash
-        """32 hex digits over tokenizer.json."""
+        """32 hex digits over tokenizer.json and what else defines the tokenizer."""
         self.template_hash = None if chat_template is None else _hash(chat_template.encode())
         """32 hex digits over the chat template; None without one."""
         self.vocab_size: int = max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -69,7 +54,7 @@ class TextProcessor:
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_ids = self._eos_token_ids(config, generation_config)
         """What ends a text, of generation_config.json, else config.json, else the tokenizer."""
-        self.context_length = _context_length(config)
+        self.context_length = context_length(config)
         """Prompt and generated tokens together, at most."""
         try:
             self.generation_layer: dict[str, Any] = generation_config_layer(generation_config)
@@ -81,40 +66,25 @@ class TextProcessor:
             self._chat = ChatTemplate(chat_template, self.special_tokens)
 
     @classmethod
-    def load(cls, folder: Path, chat_template: str | None = None) -> TextProcessor:
+    def load(
+        cls, folder: Path, chat_template: str | None = None, *, home: Path | None = None
+    ) -> TextProcessor:
         """Reads a checkpoint's folder; `chat_template`, if given, replaces the folder's own.
 
-        Raises `CheckpointError` naming the file that is missing or broken.
+        `home` is the data folder: there lies the converted tokenizer of a checkpoint that has
+        only sentencepiece's tokenizer.model. Raises `CheckpointError` naming the file that is
+        missing or broken.
         """
-        path = folder / "tokenizer.json"
-        try:
-            raw = path.read_bytes()
-        except FileNotFoundError:
-            hint = ""
-            if (folder / "tokenizer.model").exists():
-                hint = "; save it once with transformers' AutoTokenizer to convert tokenizer.model"
-            raise CheckpointError(f"no tokenizer.json in {folder}{hint}") from None
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from None
-        try:
-            tokenizer = Tokenizer.from_buffer(raw)
-        except Exception as error:  # tokenizers raises plain Exception
-            raise CheckpointError(f"{path} cannot be read: {error}") from None
-        # A file may have been saved with these switched on; prompts are never cut or padded here.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-
-        # Its add_bos_token and add_eos_token are not obeyed: tokenizer.json's own post-processor
-        # goes before them, in transformers too.
+        config = read_json(folder, "config.json")
         settings = read_json(folder, "tokenizer_config.json")
-        special = _special_tokens(settings, read_json(folder, "special_tokens_map.json"))
+        tokenizer, digest = load_tokenizer(folder, settings, config, home)
         return cls(
             tokenizer,
-            special_tokens=special,
-            chat_template=chat_template or _find_template(folder, settings),
-            config=read_json(folder, "config.json"),
+            special_tokens=special_tokens(settings, read_json(folder, "special_tokens_map.json")),
+            chat_template=chat_template or find_template(folder, settings),
+            config=config,
             generation_config=read_json(folder, "generation_config.json"),
-            tokenizer_hash=_hash(raw),
+            tokenizer_hash=digest,
         )
 
     @property
@@ -320,7 +290,8 @@ def _checked_text(text: str) -> str:
     return text
 
 
-def _context_length(config: Mapping[str, Any]) -> int:
+def context_length(config: Mapping[str, Any]) -> int:
+    """Prompt and generated tokens together, at most; raises `CheckpointError` where none is set."""
     for source in (config, config.get("text_config") or {}):
         length = source.get("max_position_embeddings")
         if isinstance(length, int) and length > 0:
@@ -328,24 +299,7 @@ def _context_length(config: Mapping[str, Any]) -> int:
     raise CheckpointError("config.json has no max_position_embeddings, the length of the context")
 
 
-def _special_tokens(settings: Mapping[str, Any], legacy: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by role, as transformers merges them.
-
-    special_tokens_map.json counts only beside a tokenizer_config.json of the older kind.
-    """
-    merged = dict(settings)
-    if "added_tokens_decoder" not in settings:
-        merged.update(legacy)
-    special: dict[str, str] = {}
-    for role, value in merged.items():
-        if isinstance(value, dict):
-            value = value.get("content")
-        if role.endswith("_token") and isinstance(value, str):
-            special[role] = value
-    return special
-
-
-def _find_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+def find_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """The chat template of a checkpoint: its own file goes before tokenizer_config.json."""
     try:
         return (folder / "chat_template.jinja").read_text("utf-8")

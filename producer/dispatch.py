@@ -6,6 +6,8 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+from sqlalchemy import Connection
+
 from models.database import Database
 from models.store import chunks
 from nightherd.broker import ping
@@ -49,16 +51,18 @@ class Dispatcher:
     def _wanted(self, key: str) -> list[_Wanted]:
         from nightherd.queue import queue_name
 
-        with self._database.read() as connection:
+        def count(connection: Connection) -> list[_Wanted]:
             slots = chunks.live_slots(connection, key)
             slots.setdefault(None, 0)
             wanted = []
-            for only_job, count in slots.items():
-                limit = max(1, 2 * count)
+            for only_job, live in slots.items():
+                limit = max(1, 2 * live)
                 messages = chunks.count_queued(connection, key, limit=limit, only_job=only_job)
                 if messages:
                     wanted.append(_Wanted(queue_name(key, only_job), messages))
-        return wanted
+            return wanted
+
+        return self._database.retrying(count, reading=True)
 
     def _publish(self, key: str, wanted: list[_Wanted]) -> int:
         from kombu.exceptions import OperationalError as KombuError

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import and_, or_, select
+from sqlalchemy import Connection, select, tuple_
 
 from models.database import Database
 from models.job import Job, ParameterSet, Provenance, Request, Result
@@ -40,11 +40,16 @@ def iterate_results(
     provenance: dict[str, dict[str, Any]] = {}
     while left is None or left > 0:
         page = PAGE if left is None else min(PAGE, left)
-        with database.read() as connection:
-            rows = connection.execute(_page(job_id, after, page, options)).all()
+        query = _page(job_id, after, page, options)
+
+        def fetch(connection: Connection, query: Any = query) -> Sequence[Any]:
+            rows = connection.execute(query).all()
             if options.with_provenance:
                 wanted = {row.provenance_id for row in rows if row.provenance_id} - set(provenance)
-                provenance |= load_provenance(connection, wanted)
+                provenance.update(load_provenance(connection, wanted))
+            return rows
+
+        rows = database.retrying(fetch, reading=True)
         for row in rows:
             yield _as_row(row, options, provenance)
         if len(rows) < page:
@@ -55,10 +60,17 @@ def iterate_results(
 
 
 def _page(job_id: str, after: tuple[int, int], size: int, options: ExportOptions) -> Any:
+    def of_request(column: Any) -> Any:
+        # A subquery a row, not a join: it takes the same way whatever PostgreSQL's statistics say.
+        request = select(column).where(
+            Request.job_id == Result.job_id, Request.index == Result.index
+        )
+        return request.scalar_subquery().label(column.key)
+
     columns: list[Any] = [
         Result.index.label("number"),
         Result.sample,
-        Request.custom_id,
+        of_request(Request.custom_id),
         Result.text,
         Result.finish_reason,
         Result.stop_reason,
@@ -69,18 +81,15 @@ def _page(job_id: str, after: tuple[int, int], size: int, options: ExportOptions
         Result.provenance_id,
     ]
     if options.with_input or options.with_metadata:
-        columns.append(Request.body)
+        columns.append(of_request(Request.body))
     if options.with_logprobs:
         columns.append(Result.logprobs)
     query = (
         select(*columns)
-        .join(Request, and_(Request.job_id == Result.job_id, Request.index == Result.index))
         .where(
             Result.job_id == job_id,
-            or_(
-                Result.index > after[0],
-                and_(Result.index == after[0], Result.sample > after[1]),
-            ),
+            # As one comparison of rows: an OR of two would read the job from its start each time.
+            tuple_(Result.index, Result.sample) > tuple_(*after),
         )
         .order_by(Result.index, Result.sample)
         .limit(size)
@@ -120,7 +129,7 @@ def _as_row(
     return out
 
 
-def load_provenance(connection: Any, ids: set[str]) -> dict[str, dict[str, Any]]:
+def load_provenance(connection: Connection, ids: set[str]) -> dict[str, dict[str, Any]]:
     """Provenance rows by id, as JSON values."""
     if not ids:
         return {}
@@ -133,28 +142,33 @@ def load_provenance(connection: Any, ids: set[str]) -> dict[str, dict[str, Any]]
 
 def show_request(database: Database, job_id: str, index: int) -> dict[str, Any]:
     """Everything about one request: input, effective parameters, each sample's result."""
-    with database.read() as connection:
-        job = connection.execute(
-            select(Job.params, Job.seed, Job.template, Job.total_requests).where(Job.id == job_id)
-        ).one()
-        request = connection.execute(
-            select(Request.custom_id, Request.body, Request.params, Request.samples).where(
-                Request.job_id == job_id, Request.index == index
-            )
-        ).one_or_none()
-        if request is None:
-            raise NotFoundError(
-                f"job {job_id} has no row {index}; its rows are 0 to {job.total_requests - 1}"
-            )
-        rows = connection.execute(
-            select(Result, ParameterSet.params.label("effective"))
-            .outerjoin(ParameterSet, ParameterSet.id == Result.parameter_set_id)
-            .where(Result.job_id == job_id, Result.index == index)
-            .order_by(Result.sample)
-        ).all()
-        provenance = load_provenance(
-            connection, {row.provenance_id for row in rows if row.provenance_id}
+    return database.retrying(
+        lambda connection: _request_detail(connection, job_id, index), reading=True
+    )
+
+
+def _request_detail(connection: Connection, job_id: str, index: int) -> dict[str, Any]:
+    job = connection.execute(
+        select(Job.params, Job.seed, Job.template, Job.total_requests).where(Job.id == job_id)
+    ).one()
+    if not 0 <= index < job.total_requests:
+        raise NotFoundError(
+            f"job {job_id} has no row {index}; its rows are 0 to {job.total_requests - 1}"
         )
+    request = connection.execute(
+        select(Request.custom_id, Request.body, Request.params, Request.samples).where(
+            Request.job_id == job_id, Request.index == index
+        )
+    ).one()
+    rows = connection.execute(
+        select(Result, ParameterSet.params.label("effective"))
+        .outerjoin(ParameterSet, ParameterSet.id == Result.parameter_set_id)
+        .where(Result.job_id == job_id, Result.index == index)
+        .order_by(Result.sample)
+    ).all()
+    provenance = load_provenance(
+        connection, {row.provenance_id for row in rows if row.provenance_id}
+    )
     return {
         "job": job_id,
         "index": index,

@@ -56,9 +56,7 @@ class Housekeeper:
         report = TickReport()
         try:
             if self._may_reap():
-                report.dead_workers = self._database.retrying(leases.reap)
-                for worker_id in report.dead_workers:
-                    log.warning("worker %s is dead: its lease lapsed; chunks returned", worker_id)
+                report.dead_workers = self._reap()
             self._sweep(report)
         except BaseException:
             # Whoever missed the database cannot judge who else is alive: start counting anew.
@@ -74,11 +72,30 @@ class Housekeeper:
         and nobody must bury anybody before everybody had the time to renew.
         """
         now = self._clock()
-        gap = self._settings.tick_seconds * 2 + 1
-        if self._last_tick is None or self._ticking_since is None or now - self._last_tick > gap:
-            self._ticking_since = now
-        self._last_tick = now
-        return now - self._ticking_since >= self._settings.lease_seconds
+        since, last = self._ticking_since, self._last_tick
+        if since is None or last is None or now - last > self._gap:
+            since = now
+        self._ticking_since, self._last_tick = since, now
+        return now - since >= self._settings.lease_seconds
+
+    @property
+    def _gap(self) -> float:
+        return self._settings.tick_seconds * 2 + 1
+
+    def _reap(self) -> list[str]:
+        """Asks who is suspect, and reaps those alone if the answer came without delay.
+
+        A database that stands still within the tick lets leases lapse too: only who was suspect
+        in an answer that came at once, on the first attempt, was so by its own fault.
+        """
+        asked = self._clock()
+        suspects = self._database.retrying(leases.suspects, reading=True, patience=0)
+        if not suspects or self._clock() - asked > self._gap:
+            return []
+        dead = self._database.retrying(lambda connection: leases.reap(connection, suspects))
+        for worker_id in dead:
+            log.warning("worker %s is dead: its lease lapsed; chunks returned", worker_id)
+        return dead
 
     def _sweep(self, report: TickReport) -> None:
         """Once a period across the fleet."""
@@ -91,7 +108,6 @@ class Housekeeper:
         report.expired = self._database.retrying(jobs.expire_overdue)
         for job_id in report.expired:
             log.warning("job %s has expired: its deadline passed before it was done", job_id)
-        self._database.retrying(jobs.cancel_leftovers)
         report.orphan_rows = self._database.retrying(
             lambda connection: submit.remove_orphans(connection, idle_seconds=ORPHAN_SECONDS)
         )

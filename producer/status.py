@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, case, func, select
 
-from models.base import db_now
+from models.base import db_now, one_of
 from models.job import OPEN_JOB_STATES, Chunk, Job, Result
 from models.worker import LIVE_WORKER_STATES, ServedCheckpoint, Worker
 from nightherd.errors import NotFoundError, UsageError
@@ -21,15 +21,18 @@ from nightherd.errors import NotFoundError, UsageError
 def find_job(connection: Connection, prefix: str) -> str:
     """The id that begins so. Raises `NotFoundError`, or `UsageError` if several do."""
     prefix = prefix.strip().lower()
+    if not (prefix.isascii() and prefix.isalnum()):
+        # Nothing that could be an id, nor that every database takes as text.
+        raise NotFoundError(f"no job {prefix!r}; `nightherd jobs` lists them")
     ids = list(
         connection.execute(
             select(Job.id)
-            .where(Job.id.startswith(prefix, autoescape=True), Job.state != "storing")
+            .where(Job.id.startswith(prefix), Job.state != "storing")
             .order_by(Job.id)
             .limit(4)
         ).scalars()
     )
-    if not ids or not prefix:
+    if not ids:
         raise NotFoundError(f"no job {prefix!r}; `nightherd jobs` lists them")
     if len(ids) > 1 and prefix not in ids:
         shown = ", ".join(ids[:3]) + (", …" if len(ids) > 3 else "")
@@ -76,7 +79,7 @@ class JobView:
     workers: int = 0
     """That hold its chunks."""
     workers_serving: int = 0
-    """Live ones that answer to its checkpoint."""
+    """Live ones that take its chunks."""
 
     @property
     def open(self) -> bool:
@@ -197,25 +200,34 @@ def _add_workers(connection: Connection, views: Sequence[JobView]) -> None:
         select(
             Worker.id,
             Worker.speed,
+            Worker.only_job,
             ServedCheckpoint.checkpoint_key,
             Chunk.job_id,
             func.count(Chunk.id).label("held"),
         )
         .join(ServedCheckpoint, ServedCheckpoint.worker_id == Worker.id)
-        .outerjoin(Chunk, (Chunk.worker_id == Worker.id) & (Chunk.state == "running"))
+        .outerjoin(Chunk, (Chunk.worker_id == Worker.id) & one_of(Chunk.state, "running"))
         .where(Worker.state.in_(LIVE_WORKER_STATES), Worker.lease_until > db_now())
-        .group_by(Worker.id, Worker.speed, ServedCheckpoint.checkpoint_key, Chunk.job_id)
+        .group_by(
+            Worker.id,
+            Worker.speed,
+            Worker.only_job,
+            ServedCheckpoint.checkpoint_key,
+            Chunk.job_id,
+        )
     ).all()
     held: dict[str, dict[str, int]] = {}
     speeds: dict[str, float] = {}
-    serving: dict[str, set[str]] = {}
+    serving: dict[tuple[str, str | None], set[str]] = {}
     for row in rows:
         speeds[row.id] = row.speed
-        serving.setdefault(row.checkpoint_key, set()).add(row.id)
+        serving.setdefault((row.checkpoint_key, row.only_job), set()).add(row.id)
         if row.job_id is not None:
             held.setdefault(row.id, {})[row.job_id] = row.held
     for view in open_views:
-        view.workers_serving = len(serving.get(view.checkpoint, ()))
+        # A worker that serves one job alone does not count for others.
+        takers = (serving.get((view.checkpoint, only), set()) for only in (None, view.id))
+        view.workers_serving = sum(map(len, takers))
         for worker_id, chunks in held.items():
             if view.id in chunks:
                 view.workers += 1
@@ -270,7 +282,7 @@ def worker_views(connection: Connection, *, include_ended: bool = False) -> list
             db_now().label("database_now"),
             func.count(Chunk.id).label("chunks"),
         )
-        .outerjoin(Chunk, (Chunk.worker_id == Worker.id) & (Chunk.state == "running"))
+        .outerjoin(Chunk, (Chunk.worker_id == Worker.id) & one_of(Chunk.state, "running"))
         .group_by(Worker.id)
         .order_by(Worker.started_at, Worker.id)
     )

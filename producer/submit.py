@@ -6,6 +6,7 @@ import json
 import logging
 import secrets
 import tempfile
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,15 +18,19 @@ from sqlalchemy.exc import IntegrityError
 from models.base import new_id
 from models.database import Database
 from models.store import submit as store
-from nightherd.errors import InputError, NightherdError, ParameterError
+from nightherd.errors import InputError, NightherdError, ParameterError, UsageError
 from nightherd.params import effective_params
 from nightherd.settings import Settings
 from producer.readers import Row, RowProblem
+from producer.templates import unstorable
 
 log = logging.getLogger("nightherd.submit")
 
 SHOWN_PROBLEMS = 20
+NOT_SUPPORTED_YET = ("response_format", "structured_outputs")
 _SPOOL_IN_MEMORY = 16 * 2**20
+_ID_ATTEMPTS = 5
+_DISCARD_SECONDS = 5.0
 _SMALLEST_CHUNK, _LARGEST_CHUNK, _CHUNKS_OF_SMALL_JOB = 16, 256, 8
 
 Progress = Callable[[str, int, int | None], None]
@@ -97,13 +102,50 @@ def submit(
     whole one.
     """
     report = progress or (lambda phase, count, total: None)
-    effective_params(options.params)  # contradictions within the job's own layer
+    _check_options(options)
     spool = _Spool()
     try:
         _check(rows, options, spool, source, report)
         return _store(database, settings, spool, options, report)
     finally:
         spool.close()
+
+
+def _check_options(options: JobOptions) -> None:
+    _owed_samples(None, options.params)  # contradictions within the job's own layer
+    for name, value in (
+        ("name", options.name),
+        ("checkpoint", options.checkpoint_key),
+        ("parameters", options.params),
+        ("template", options.template),
+        ("metadata", options.metadata),
+        ("submitter", options.submitted_by),
+    ):
+        for text in _strings(value):
+            reason = unstorable(text)
+            if reason:
+                raise UsageError(f"the job's {name} holds {reason}")
+
+
+def _owed_samples(row: Mapping[str, Any] | None, job: Mapping[str, Any]) -> int:
+    """A row's effective `n`; raises `ParameterError` for what no worker could do."""
+    params = effective_params(row, job)
+    for name in NOT_SUPPORTED_YET:
+        if getattr(params, name) is not None:
+            raise ParameterError(f"{name} is not supported yet, by no engine of this version")
+    return params.n
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
 
 
 def _check(
@@ -115,13 +157,13 @@ def _check(
 ) -> None:
     problems: list[str] = []
     bad = 0
-    job_samples = effective_params(options.params).n
+    job_samples = _owed_samples(None, options.params)
     for row in rows:
         if isinstance(row, Row):
             samples = job_samples
             if row.params:
                 try:
-                    samples = effective_params(row.params, options.params).n
+                    samples = _owed_samples(row.params, options.params)
                 except ParameterError as error:
                     row = RowProblem(row.line, str(error))
         if isinstance(row, RowProblem):
@@ -175,7 +217,9 @@ def _store(
 
 
 def _begin(database: Database, options: JobOptions, seed: int) -> str:
+    attempts = 0
     while True:
+        attempts += 1
         new = store.NewJob(
             id=new_id(),
             checkpoint_key=options.checkpoint_key,
@@ -193,15 +237,21 @@ def _begin(database: Database, options: JobOptions, seed: int) -> str:
         try:
             database.retrying(lambda connection, new=new: store.begin_storing(connection, new))  # type: ignore[misc]
         except IntegrityError:
-            continue  # another submit drew the same id in the same millisecond
-        return new.id
+            # Another submit drew this id in the same millisecond; or this one's first commit took
+            # place and only its answer was lost, then the empty job is left to housekeeping.
+            if attempts == _ID_ATTEMPTS:
+                raise
+        else:
+            return new.id
 
 
 def _discard(database: Database, job_id: str) -> None:
-    """Removes what was stored of a job that will not be; housekeeping would, some time later."""
+    """Removes what was stored of a job that will not be; housekeeping goes on after a while."""
+    deadline = time.monotonic() + _DISCARD_SECONDS
     try:
         while database.retrying(lambda connection: store.discard_storing(connection, job_id)):
-            pass
+            if time.monotonic() > deadline:
+                return
     except NightherdError as error:
         log.debug("left to housekeeping: %s", error)
 

@@ -1,4 +1,4 @@
-"""Writes the generated pages, `docs/cli.md` and `docs/settings.md`, from the code itself.
+"""Writes the generated pages (`docs/cli.md`, `settings.md`, `parameters.md`) from the code itself.
 
 `python scripts/make_docs.py` writes them, `--check` only compares: it names each page that is
 stale and exits 1. The pages do not depend on the terminal, the environment or the machine.
@@ -7,6 +7,7 @@ stale and exits 1. The pages do not depend on the terminal, the environment or t
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import types
 import typing
@@ -19,6 +20,7 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from nightherd.cli import COMMANDS, cli, load_command
+from nightherd.params import SamplingParams
 from nightherd.settings import PREFIX, Settings
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -120,7 +122,36 @@ def _default(name: str, field: FieldInfo) -> str:
     return f"`{field.default:g}`" if isinstance(field.default, float) else f"`{field.default}`"
 
 
-PAGES = {"cli.md": cli_page, "settings.md": settings_page}
+_PARAMETERS_INTRO = """# Parameters
+
+The names are those of the OpenAI and vLLM APIs. The usual ones are options of `submit` and `run`;
+any is `--param NAME=JSON`, a key of a row, or of a row's `params`. The first layer that sets a name
+counts: the row, the job, the checkpoint's `generation_config.json` (only temperature, top_p, top_k,
+repetition_penalty), the default here.
+
+Accepted too: `max_new_tokens` and `max_completion_tokens` for `max_tokens`, `num_return_sequences`
+for `n`, `do_sample: false` for `temperature: 0`, `logprobs: true` with `top_logprobs`, and
+`guided_json`, `guided_regex`, `guided_choice`, `guided_grammar` for `structured_outputs`.
+
+An unknown name is an error before anything is stored. A name that the worker's engine cannot honour
+fails the row, as `unsupported_parameter`.
+
+"""
+
+
+def parameters_page() -> str:
+    """Every generation parameter with its default and meaning."""
+    lines = ["| name | default | what it does |", "| --- | --- | --- |"]
+    defaults = SamplingParams().model_dump(mode="json")
+    for name, field in SamplingParams.model_fields.items():
+        text = (field.description or "").replace("\n", " ").replace("|", "\\|")
+        default = defaults[name]
+        shown = "–" if default in (None, [], {}) else f"`{json.dumps(default)}`"
+        lines.append(f"| `{name}` | {shown} | {text} |")
+    return GENERATED + _PARAMETERS_INTRO + "\n".join(lines) + "\n"
+
+
+PAGES = {"cli.md": cli_page, "settings.md": settings_page, "parameters.md": parameters_page}
 
 
 def main() -> int:

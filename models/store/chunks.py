@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, and_, exists, func, select, update
+from sqlalchemy import ColumnElement, Connection, Text, cast, exists, func, select, update
 
-from models.base import db_now
+from models.base import db_now, one_of
 from models.job import ENDED_JOB_STATES, RUNNABLE_JOB_STATES, Chunk, Job, Request, Result
 from models.worker import LIVE_WORKER_STATES, ServedCheckpoint, Worker
 
@@ -61,6 +61,22 @@ ClaimOutcome = Claim | Literal["nothing", "again", "solo waits", "not registered
 """`again`: another took the last chunk of the best job meanwhile; look once more."""
 
 
+def _due(only_job: str | None = None) -> list[ColumnElement[bool]]:
+    """The jobs whose queued chunks may be claimed now."""
+    due = [
+        one_of(Job.state, *RUNNABLE_JOB_STATES),
+        Job.not_before.is_(None) | (Job.not_before <= db_now()),
+        Job.deadline.is_(None) | (Job.deadline > db_now()),
+    ]
+    return due if only_job is None else [*due, Job.id == only_job]
+
+
+def _has_queued_chunk() -> ColumnElement[bool]:
+    # Not EXISTS, which PostgreSQL may turn into a join with all queued chunks of all jobs.
+    some = select(Chunk.id).where(Chunk.job_id == Job.id, one_of(Chunk.state, "queued")).limit(1)
+    return some.scalar_subquery().is_not(None)
+
+
 def claim(
     connection: Connection,
     worker_id: str,
@@ -76,21 +92,12 @@ def claim(
     must run solo is taken only if the worker is `idle`; else the answer says that it waits, and
     the worker claims nothing more until it is.
     """
-    waiting = exists().where(Chunk.job_id == Job.id, Chunk.state == "queued")
     candidates = (
         select(Job.id)
-        .where(
-            Job.state.in_(RUNNABLE_JOB_STATES),
-            Job.checkpoint_key.in_(keys),
-            Job.not_before.is_(None) | (Job.not_before <= db_now()),
-            Job.deadline.is_(None) | (Job.deadline > db_now()),
-            waiting,
-        )
+        .where(*_due(only_job), Job.checkpoint_key.in_(keys), _has_queued_chunk())
         .order_by(Job.priority.desc(), Job.deadline.asc().nulls_last(), Job.created_at, Job.id)
         .limit(1)
     )
-    if only_job is not None:
-        candidates = candidates.where(Job.id == only_job)
     best = connection.execute(candidates).scalar_one_or_none()
     if best is None:
         return "nothing"
@@ -104,14 +111,14 @@ def claim(
             Job.priority,
             Job.started_at,
         )
-        .where(Job.id == best, Job.state.in_(RUNNABLE_JOB_STATES))
+        .where(*_due(best))
         .with_for_update(key_share=True)
     ).one_or_none()
     if job is None:
         return "again"
     chunk = connection.execute(
         select(*CHUNK_COLUMNS)
-        .where(Chunk.job_id == best, Chunk.state == "queued")
+        .where(Chunk.job_id == best, one_of(Chunk.state, "queued"))
         .order_by(Chunk.deaths, Chunk.id)
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -178,50 +185,45 @@ def load_pending(
     only_code: str | None,
 ) -> list[PendingRequest]:
     """What a chunk owes: samples without a result; in a retry, failed ones of earlier passes."""
-    within = and_(
-        Request.job_id == job_id,
-        Request.position >= first_position,
-        Request.position < first_position + count,
+    of_request = [Result.job_id == Request.job_id, Result.index == Request.index]
+    if pass_ > 1:
+        of_request += [Result.error_code.is_not(None), Result.pass_ < pass_]
+    if only_code is not None:
+        of_request.append(Result.error_code == only_code)
+    # A subquery a request, not a join: of a new job PostgreSQL's statistics know nothing, it takes
+    # the job for one row and joins in a nested loop over all of it (measured: 8 s a chunk).
+    listed = (
+        select(func.aggregate_strings(cast(Result.sample, Text), ","))
+        .where(*of_request)
+        .scalar_subquery()
     )
-    columns = (
-        Request.index.label("number"),  # a row's own `index` is a method
-        Request.position,
-        Request.body,
-        Request.params,
+    query = (
+        select(
+            Request.index.label("number"),  # a row's own `index` is a method
+            Request.position,
+            Request.body,
+            Request.params,
+            Request.samples,
+            listed.label("listed"),
+        )
+        .where(
+            Request.job_id == job_id,
+            Request.position >= first_position,
+            Request.position < first_position + count,
+        )
+        .order_by(Request.position)
     )
-    same_request = and_(Result.job_id == Request.job_id, Result.index == Request.index)
-    owed: dict[int, list[int]] = {}
-    if pass_ == 1:
-        rows = connection.execute(
-            select(*columns, Request.samples).where(within).order_by(Request.position)
-        ).all()
-        owed = {row.number: list(range(row.samples)) for row in rows}
-        saved = connection.execute(
-            select(Result.index, Result.sample)
-            .join_from(Request, Result, same_request)
-            .where(within)
-        )
-        for number, sample in saved:
-            owed[number].remove(sample)
-        distinct = {row.number: row for row in rows}
-    else:
-        failed = (
-            select(*columns, Result.sample)
-            .join_from(Result, Request, same_request)
-            .where(within, Result.error_code.is_not(None), Result.pass_ < pass_)
-            .order_by(Request.position, Result.sample)
-        )
-        if only_code is not None:
-            failed = failed.where(Result.error_code == only_code)
-        again = connection.execute(failed).all()
-        for row in again:
-            owed.setdefault(row.number, []).append(row.sample)
-        distinct = {row.number: row for row in again}
-    return [
-        PendingRequest(number, row.position, row.body, row.params, tuple(owed[number]))
-        for number, row in distinct.items()
-        if owed[number]
-    ]
+    if pass_ > 1:
+        query = query.where(listed.is_not(None))
+    pending = []
+    for row in connection.execute(query):
+        samples = {int(sample) for sample in row.listed.split(",")} if row.listed else set()
+        owed = samples if pass_ > 1 else set(range(row.samples)) - samples
+        if owed:
+            pending.append(
+                PendingRequest(row.number, row.position, row.body, row.params, tuple(sorted(owed)))
+            )
+    return pending
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +233,8 @@ class Held:
     fence: int
     job_id: str
     job_state: str
+    priority: int = 0
+    """The job's, as it stands now."""
 
     @property
     def wanted(self) -> bool:
@@ -240,30 +244,38 @@ class Held:
 def held_by(connection: Connection, worker_id: str) -> dict[int, Held]:
     """Which chunks are this worker's own, and whether their jobs still want them."""
     rows = connection.execute(
-        select(Chunk.id, Chunk.fence, Chunk.job_id, Job.state)
+        select(Chunk.id, Chunk.fence, Chunk.job_id, Job.state, Job.priority)
         .join(Job, Job.id == Chunk.job_id)
-        .where(Chunk.worker_id == worker_id, Chunk.state == "running")
+        .where(Chunk.worker_id == worker_id, one_of(Chunk.state, "running"))
     )
-    return {row.id: Held(row.fence, row.job_id, row.state) for row in rows}
+    return {row.id: Held(row.fence, row.job_id, row.state, row.priority) for row in rows}
+
+
+def queued_above(
+    connection: Connection, keys: Sequence[str], priority: int, *, limit: int
+) -> list[int]:
+    """The priorities of up to `limit` claimable chunks that go before `priority`, best first."""
+    jobs = connection.execute(
+        select(Job.id, Job.checkpoint_key, Job.priority)
+        .where(*_due(), Job.checkpoint_key.in_(keys), Job.priority > priority, _has_queued_chunk())
+        .order_by(Job.priority.desc())
+        .limit(limit)
+    ).all()
+    found: list[int] = []
+    for job in jobs:
+        left = limit - len(found)
+        if left > 0:
+            count = count_queued(connection, job.checkpoint_key, limit=left, only_job=job.id)
+            found += [job.priority] * count
+    return found
 
 
 def count_queued(
     connection: Connection, key: str, *, limit: int, only_job: str | None = None
 ) -> int:
     """Claimable chunks of a checkpoint, counted up to `limit`."""
-    some = (
-        select(Chunk.id)
-        .join(Job, Job.id == Chunk.job_id)
-        .where(
-            Chunk.state == "queued",
-            Job.state.in_(RUNNABLE_JOB_STATES),
-            Job.checkpoint_key == key,
-            Job.not_before.is_(None) | (Job.not_before <= db_now()),
-        )
-        .limit(limit)
-    )
-    if only_job is not None:
-        some = some.where(Job.id == only_job)
+    due = select(Job.id).where(*_due(only_job), Job.checkpoint_key == key)
+    some = select(Chunk.id).where(one_of(Chunk.state, "queued"), Chunk.job_id.in_(due)).limit(limit)
     return connection.execute(select(func.count()).select_from(some.subquery())).scalar_one()
 
 
@@ -271,13 +283,7 @@ def keys_with_work(connection: Connection) -> list[str]:
     """Checkpoint keys for which some chunk is claimable."""
     return list(
         connection.execute(
-            select(Job.checkpoint_key)
-            .where(
-                Job.state.in_(RUNNABLE_JOB_STATES),
-                Job.not_before.is_(None) | (Job.not_before <= db_now()),
-                exists().where(Chunk.job_id == Job.id, Chunk.state == "queued"),
-            )
-            .distinct()
+            select(Job.checkpoint_key).where(*_due(), _has_queued_chunk()).distinct()
         ).scalars()
     )
 

@@ -12,12 +12,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from bisect import bisect
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, exists, func, insert, select, update
+from sqlalchemy import (
+    Connection,
+    Integer,
+    Row,
+    bindparam,
+    case,
+    exists,
+    insert,
+    null,
+    select,
+    update,
+)
 
-from models.base import db_now
+from models.base import db_now, one_of
 from models.job import (
     ENDED_JOB_STATES,
     OPEN_CHUNK_STATES,
@@ -29,6 +42,11 @@ from models.job import (
     Result,
 )
 from nightherd.errors import ConflictError, NotFoundError
+
+_FETCH = 10_000
+_SPAN = 20_000
+
+ChunkRow = Row[*tuple[Any, ...]]
 
 
 def lock_jobs(connection: Connection, job_ids: Iterable[str]) -> dict[str, str]:
@@ -49,15 +67,35 @@ def _lock_job(connection: Connection, job_id: str) -> str:
     return state
 
 
+def _cancelled_chunk(done: Any, failed: Any) -> dict[str, Any]:
+    # What a retry did not get to counts as failed again: the old errors are still in `results`.
+    failed = case((Chunk.pass_ > 1, Chunk.samples - done), else_=failed)
+    return {"state": "cancelled", "failed": failed, "finished_at": db_now()}
+
+
+def returned_chunk(
+    job_state: str | None, *, done: Any = Chunk.done, failed: Any = Chunk.failed
+) -> dict[str, Any]:
+    """The values of a chunk that its holder gives back, by the state of its (locked) job.
+
+    `queued`, or `cancelled` if the job has ended meanwhile. `done` and `failed` are its counters.
+    """
+    if job_state in ENDED_JOB_STATES:
+        return {"worker_id": None, **_cancelled_chunk(done, failed)}
+    return {"worker_id": None, "state": "queued"}
+
+
 def _end(connection: Connection, job_id: str, state: str) -> None:
     """Ends a locked, open job early. What runs is left to its holder, who saves what finished."""
     connection.execute(
-        update(Job).where(Job.id == job_id).values(state=state, finished_at=db_now())
+        update(Job)
+        .where(Job.id == job_id, Job.state.in_(OPEN_JOB_STATES))
+        .values(state=state, finished_at=db_now())
     )
     connection.execute(
         update(Chunk)
-        .where(Chunk.job_id == job_id, Chunk.state == "queued")
-        .values(state="cancelled", finished_at=db_now())
+        .where(Chunk.job_id == job_id, one_of(Chunk.state, "queued"))
+        .values(**_cancelled_chunk(Chunk.done, Chunk.failed))
     )
 
 
@@ -79,7 +117,11 @@ def pause(connection: Connection, job_id: str) -> bool:
         return False
     if state not in RUNNABLE_JOB_STATES:
         raise ConflictError(f"job {job_id} is {state}; only a queued or running job can be paused")
-    connection.execute(update(Job).where(Job.id == job_id).values(state="paused"))
+    connection.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.state.in_(RUNNABLE_JOB_STATES))
+        .values(state="paused")
+    )
     return True
 
 
@@ -90,12 +132,11 @@ def resume(connection: Connection, job_id: str) -> bool:
         return False
     if state != "paused":
         raise ConflictError(f"job {job_id} is {state}; only a paused job can be resumed")
-    started = connection.execute(select(Job.started_at).where(Job.id == job_id)).scalar_one()
     connection.execute(
-        update(Job).where(Job.id == job_id).values(state="running" if started else "queued")
+        update(Job)
+        .where(Job.id == job_id, Job.state == "paused")
+        .values(state=case((Job.started_at.is_(None), "queued"), else_="running"))
     )
-    # It may have been paused after its last chunk had ended.
-    complete_ended(connection, [job_id])
     return True
 
 
@@ -107,17 +148,21 @@ def change(connection: Connection, job_id: str, values: dict[str, Any]) -> None:
     connection.execute(update(Job).where(Job.id == job_id).values(**values))
 
 
+def _has_open_chunk() -> Any:
+    # One question a state: each has its partial index, however many chunks are done.
+    return (
+        exists().where(Chunk.job_id == Job.id, one_of(Chunk.state, "queued"))
+        | exists().where(Chunk.job_id == Job.id, one_of(Chunk.state, "running"))
+    )  # fmt: skip
+
+
 def complete_ended(connection: Connection, job_ids: Iterable[str]) -> list[str]:
     """Completes those of these (locked) jobs that have no open chunk; returns their ids."""
     ended = []
     for job_id in sorted(set(job_ids)):
         hit = connection.execute(
             update(Job)
-            .where(
-                Job.id == job_id,
-                Job.state.in_(OPEN_JOB_STATES),
-                ~exists().where(Chunk.job_id == Job.id, Chunk.state.in_(OPEN_CHUNK_STATES)),
-            )
+            .where(Job.id == job_id, Job.state.in_(OPEN_JOB_STATES), ~_has_open_chunk())
             .values(state="completed", finished_at=db_now())
         )
         if hit.rowcount == 1:
@@ -128,19 +173,17 @@ def complete_ended(connection: Connection, job_ids: Iterable[str]) -> list[str]:
 def complete_all(connection: Connection) -> list[str]:
     """The tick's net under `complete_ended`: open jobs without an open chunk."""
     candidates = connection.execute(
-        select(Job.id).where(
-            Job.state.in_(OPEN_JOB_STATES),
-            ~exists().where(Chunk.job_id == Job.id, Chunk.state.in_(OPEN_CHUNK_STATES)),
-        )
+        select(Job.id).where(one_of(Job.state, *OPEN_JOB_STATES), ~_has_open_chunk())
     ).scalars()
-    return complete_ended(connection, lock_jobs(connection, candidates))
+    found = list(candidates)
+    return complete_ended(connection, lock_jobs(connection, found)) if found else []
 
 
 def expire_overdue(connection: Connection) -> list[str]:
     """Ends open jobs past their deadline; what finished stays."""
     overdue = connection.execute(
         select(Job.id)
-        .where(Job.state.in_(OPEN_JOB_STATES), Job.deadline <= db_now())
+        .where(one_of(Job.state, *OPEN_JOB_STATES), Job.deadline <= db_now())
         .order_by(Job.id)
         .with_for_update(key_share=True, skip_locked=True)
     ).scalars()
@@ -150,94 +193,122 @@ def expire_overdue(connection: Connection) -> list[str]:
     return expired
 
 
-def cancel_leftovers(connection: Connection) -> int:
-    """Chunks that went back to `queued` while their job ended: nobody will claim them."""
-    return connection.execute(
-        update(Chunk)
-        .where(
-            Chunk.state == "queued",
-            Chunk.job_id.in_(select(Job.id).where(Job.state.in_(ENDED_JOB_STATES))),
-        )
-        .values(state="cancelled", finished_at=db_now())
-    ).rowcount
-
-
 def retry(connection: Connection, job_id: str, *, only_code: str | None, chunk_size: int) -> int:
     """Queues the failed samples again, as chunks of a new pass; returns how many there are.
 
     A failed sample moves from the counters of the chunk that counted it to those of the new one;
-    its old error stays in `results` until the new result replaces it.
+    its old error stays in `results` until the new result replaces it. Chunks of the first pass may
+    still be open: what fails in them is for a later retry. Repeated while the same retry is open,
+    it changes nothing and returns what that one still owes. A completed job loses a deadline that
+    has passed.
     """
     state = _lock_job(connection, job_id)
     if state in ("cancelled", "expired"):
         raise ConflictError(f"job {job_id} is {state}; submit what is missing as a new job")
-    passes = connection.execute(
+    chunks = connection.execute(
         select(
-            func.max(Chunk.pass_),
-            func.max(Chunk.pass_).filter(Chunk.state.in_(OPEN_CHUNK_STATES)),
-        ).where(Chunk.job_id == job_id)
-    ).one()
-    if (passes[1] or 0) > 1:
-        raise ConflictError(f"a retry of job {job_id} is still running; wait for its end")
-    failed_rows = (
-        select(Request.position, Chunk.id.label("chunk_id"))
-        .select_from(Result)
-        .join(Request, (Request.job_id == Result.job_id) & (Request.index == Result.index))
-        .join(
-            Chunk,
-            (Chunk.job_id == Result.job_id)
-            & (Chunk.pass_ == Result.pass_)
-            & (Request.position >= Chunk.first_position)
-            & (Request.position < Chunk.first_position + Chunk.count),
+            Chunk.id,
+            Chunk.pass_,
+            Chunk.state,
+            Chunk.first_position,
+            Chunk.only_code,
+            (Chunk.samples - Chunk.done - Chunk.failed).label("owed"),
         )
-        .where(Result.job_id == job_id, Result.error_code.is_not(None), Chunk.state == "done")
-        .order_by(Request.position)
+        .where(Chunk.job_id == job_id)
+        .order_by(Chunk.first_position)
+    ).all()
+    running = [row for row in chunks if row.pass_ > 1 and row.state in OPEN_CHUNK_STATES]
+    if running and running[0].only_code != only_code:
+        raise ConflictError(f"another retry of job {job_id} is still running; wait for its end")
+    if running:
+        return sum(row.owed for row in running)
+    moved: Counter[int] = Counter()
+    barriers = [row.first_position for row in chunks if row.state in OPEN_CHUNK_STATES]
+    new = [
+        {
+            "job_id": job_id,
+            "first_position": first,
+            "count": last - first + 1,
+            "samples": samples,
+            "pass_": max(row.pass_ for row in chunks) + 1,
+            "only_code": only_code,
+            "state": "queued",
+        }
+        for first, last, samples in _ranges(
+            _failures(connection, job_id, only_code, chunks, moved), chunk_size, barriers
+        )
+    ]
+    if not new:
+        return 0
+    of_old = bindparam("moved", type_=Integer())
+    connection.execute(
+        update(Chunk)
+        .where(Chunk.id == bindparam("chunk"))
+        .values(samples=Chunk.samples - of_old, failed=Chunk.failed - of_old),
+        [{"chunk": chunk_id, "moved": count} for chunk_id, count in sorted(moved.items())],
+    )
+    connection.execute(insert(Chunk), new)
+    connection.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.state == "completed")
+        .values(
+            state="running",
+            finished_at=None,
+            deadline=case((Job.deadline <= db_now(), null()), else_=Job.deadline),
+        )
+    )
+    return moved.total()
+
+
+def _failures(
+    connection: Connection,
+    job_id: str,
+    only_code: str | None,
+    chunks: Sequence[ChunkRow],
+    moved: Counter[int],
+) -> Iterator[int]:
+    """Positions of failed samples of chunks that are done, in order; counts them by chunk."""
+    # A subquery a row, not a join: see `load_pending`.
+    where = (
+        select(Request.position)
+        .where(Request.job_id == Result.job_id, Request.index == Result.index)
+        .scalar_subquery()
+        .label("position")
+    )
+    failed = (
+        select(where, Result.pass_)
+        .where(Result.job_id == job_id, Result.error_code.is_not(None))
+        .order_by(where)
     )
     if only_code is not None:
-        failed_rows = failed_rows.where(Result.error_code == only_code)
-    rows = connection.execute(failed_rows).all()
-    if not rows:
-        return 0
-    moved: dict[int, int] = {}
-    for row in rows:
-        moved[row.chunk_id] = moved.get(row.chunk_id, 0) + 1
-    for chunk_id in sorted(moved):
-        connection.execute(
-            update(Chunk)
-            .where(Chunk.id == chunk_id)
-            .values(samples=Chunk.samples - moved[chunk_id], failed=Chunk.failed - moved[chunk_id])
-        )
-    connection.execute(
-        insert(Chunk),
-        [
-            {
-                "job_id": job_id,
-                "first_position": first,
-                "count": last - first + 1,
-                "samples": samples,
-                "pass_": passes[0] + 1,
-                "only_code": only_code,
-                "state": "queued",
-            }
-            for first, last, samples in _ranges((row.position for row in rows), chunk_size)
-        ],
-    )
-    if state == "completed":
-        connection.execute(
-            update(Job)
-            .where(Job.id == job_id, Job.state == "completed")
-            .values(state="running", finished_at=None)
-        )
-    return len(rows)
+        failed = failed.where(Result.error_code == only_code)
+    passes: dict[int, list[ChunkRow]] = {}
+    for row in chunks:
+        passes.setdefault(row.pass_, []).append(row)
+    firsts = {pass_: [row.first_position for row in rows] for pass_, rows in passes.items()}
+    rows = connection.execute(failed, execution_options={"yield_per": _FETCH})
+    for position, pass_ in rows:
+        # The chunks of one pass do not overlap.
+        chunk = passes[pass_][bisect(firsts[pass_], position) - 1]
+        if chunk.state == "done":
+            moved[chunk.id] += 1
+            yield position
 
 
-def _ranges(positions: Iterable[int], size: int) -> Iterator[tuple[int, int, int]]:
-    """Groups sorted positions, one a sample, into (first, last, samples) of `size` requests."""
+def _ranges(
+    positions: Iterable[int], size: int, barriers: Sequence[int]
+) -> Iterator[tuple[int, int, int]]:
+    """Groups sorted positions, one a sample, into (first, last, samples) of `size` requests.
+
+    No range holds a barrier, the first position of an open chunk: what that one still finds to
+    fail would be owed by both. None spans more than `_SPAN`, which bounds what its claim reads.
+    """
     first = last = -1
     requests = samples = 0
     for position in positions:
         if position != last:
-            if requests == size:
+            over = requests == size or position - first >= _SPAN
+            if requests and (over or bisect(barriers, position) != bisect(barriers, last)):
                 yield first, last, samples
                 requests = samples = 0
             if requests == 0:
@@ -245,4 +316,5 @@ def _ranges(positions: Iterable[int], size: int) -> Iterator[tuple[int, int, int
             requests += 1
         last = position
         samples += 1
-    yield first, last, samples
+    if requests:
+        yield first, last, samples

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
 
-from models.base import db_now
+from models.base import db_now, one_of
 from models.job import Chunk, Request, Result
 from models.store.chunks import CHUNK_COLUMNS, SOLO_DEATHS, PendingRequest, load_pending
-from models.store.jobs import complete_ended, lock_jobs
-from models.store.results import ChunkSave, returned_state, save
+from models.store.jobs import lock_jobs, returned_chunk
+from models.store.results import ChunkSave, save
 from models.worker import LIVE_WORKER_STATES, ServedCheckpoint, Sweep, Worker
 
 ChunkRow = Row[*tuple[Any, ...]]
@@ -39,6 +49,12 @@ class NewWorker:
 
 
 def register(connection: Connection, worker: NewWorker, *, lease_seconds: float) -> None:
+    """Adds a worker; an id that another one has raises IntegrityError."""
+    own = select(Worker.id).where(
+        Worker.id == worker.id, Worker.host == worker.host, Worker.pid == worker.pid
+    )
+    if connection.execute(own).first() is not None:
+        return  # committed before, and only the answer was lost
     connection.execute(
         insert(Worker).values(
             id=worker.id,
@@ -68,6 +84,7 @@ def renew(
     state: str,
     phase: str | None = None,
     speed: float = 0.0,
+    device: str | None = None,
 ) -> bool:
     """Prolongs the lease; False if the worker was declared dead: it must register anew."""
     hit = connection.execute(
@@ -79,6 +96,7 @@ def renew(
             state=state,
             phase=phase,
             speed=speed,
+            **({} if device is None else {"device": device}),
         )
     )
     return hit.rowcount == 1
@@ -86,72 +104,83 @@ def renew(
 
 def leave(connection: Connection, worker_id: str) -> int:
     """A worker goes in good order; what it still holds is returned, and is no death."""
-    returned = _return_chunks(connection, worker_id, deaths=0)
+    # The worker's row before any job's: so does the reaper.
     connection.execute(
         update(Worker)
         .where(Worker.id == worker_id, Worker.state.in_(LIVE_WORKER_STATES))
         .values(state="stopped", lease_until=db_now(), speed=0.0)
     )
-    return returned
+    return _return_chunks(connection, Chunk.worker_id == worker_id)
 
 
 def return_chunk(connection: Connection, worker_id: str, chunk_id: int, job_id: str) -> None:
     """Hands back a chunk of which its holder knows nothing (the answer to a claim was lost)."""
-    lock_jobs(connection, [job_id])
-    connection.execute(
-        update(Chunk)
-        .where(Chunk.id == chunk_id, Chunk.worker_id == worker_id, Chunk.state == "running")
-        .values(state=returned_state(), worker_id=None)
-    )
+    _return_chunks(connection, (Chunk.id == chunk_id) & (Chunk.worker_id == worker_id))
 
 
-def _return_chunks(connection: Connection, worker_id: str, *, deaths: int) -> int:
+def _return_chunks(
+    connection: Connection, which: ColumnElement[bool], *, dead: Collection[str] = ()
+) -> int:
+    """Returns running chunks to the queue; those of `dead` workers have one more death."""
+    running = one_of(Chunk.state, "running")
     held = connection.execute(
-        select(Chunk.id, Chunk.job_id)
-        .where(Chunk.worker_id == worker_id, Chunk.state == "running")
-        .order_by(Chunk.id)
+        select(Chunk.id, Chunk.job_id, Chunk.worker_id).where(running, which).order_by(Chunk.id)
     ).all()
     if not held:
         return 0
-    lock_jobs(connection, [row.job_id for row in held])
+    states = lock_jobs(connection, [row.job_id for row in held])
     returned = 0
     for row in held:
-        returned += connection.execute(
+        died = row.worker_id in dead
+        hit = connection.execute(
             update(Chunk)
-            .where(Chunk.id == row.id, Chunk.worker_id == worker_id, Chunk.state == "running")
-            .values(state=returned_state(), worker_id=None, deaths=Chunk.deaths + deaths)
-        ).rowcount
-        if deaths:
+            .where(Chunk.id == row.id, Chunk.worker_id == row.worker_id, running)
+            .values(deaths=Chunk.deaths + int(died), **returned_chunk(states.get(row.job_id)))
+        )
+        returned += hit.rowcount
+        if hit.rowcount and died:
             _contain(connection, row.id)
     return returned
 
 
-def reap(connection: Connection) -> list[str]:
-    """Declares workers dead whose lease lapsed and returns their chunks, in one transaction.
+def suspects(connection: Connection) -> list[str]:
+    """Workers whose lease lapsed, and those that ended but hold a chunk (their claim was late)."""
+    lapsed = select(Worker.id).where(
+        one_of(Worker.state, *LIVE_WORKER_STATES), Worker.lease_until < db_now()
+    )
+    stranded = select(Chunk.worker_id).where(
+        one_of(Chunk.state, "running"), Chunk.worker_id.not_in(_live())
+    )
+    return sorted(connection.execute(lapsed.union(stranded)).scalars())
 
-    Also returns chunks that run on a worker that was dead already (a claim that raced with the
-    reaper). Returns the ids of the dead.
+
+def _live() -> Select[str]:
+    return select(Worker.id).where(one_of(Worker.state, *LIVE_WORKER_STATES))
+
+
+def reap(connection: Connection, of: Sequence[str]) -> list[str]:
+    """Declares those of `of` dead whose lease lapsed and returns their chunks, in one transaction.
+
+    Returns the ids of the dead. Only what runs on them now counts as a death, not a chunk that a
+    worker claimed after it had ended: nothing has computed it.
     """
     dead = list(
         connection.execute(
             select(Worker.id)
-            .where(Worker.state.in_(LIVE_WORKER_STATES), Worker.lease_until < db_now())
+            .where(
+                Worker.id.in_(of),
+                one_of(Worker.state, *LIVE_WORKER_STATES),
+                Worker.lease_until < db_now(),
+            )
             .order_by(Worker.id)
             .with_for_update(skip_locked=True)
         ).scalars()
     )
-    for worker_id in dead:
+    if dead:
         connection.execute(
-            update(Worker).where(Worker.id == worker_id).values(state="dead", speed=0.0)
+            update(Worker).where(Worker.id.in_(dead)).values(state="dead", speed=0.0)
         )
-    gone = select(Worker.id).where(Worker.state.in_(LIVE_WORKER_STATES))
-    stranded = connection.execute(
-        select(Chunk.worker_id)
-        .where(Chunk.state == "running", Chunk.worker_id.not_in(gone))
-        .distinct()
-    ).scalars()
-    for holder in sorted({holder for holder in stranded if holder} | set(dead)):
-        _return_chunks(connection, holder, deaths=1)
+    _return_chunks(connection, Chunk.worker_id.in_(of) & Chunk.worker_id.not_in(_live()), dead=dead)
     return dead
 
 
@@ -214,27 +243,33 @@ def _split(connection: Connection, chunk: ChunkRow, pending: Sequence[PendingReq
 
 def _counters(connection: Connection, chunk: ChunkRow, first: int, end: int) -> dict[str, int]:
     """A chunk's counters over positions [first, end), taken from the results themselves."""
+    within = (
+        select(Request.index)
+        .where(Request.job_id == chunk.job_id, Request.position >= first, Request.position < end)
+        .order_by(Request.position)
+        .subquery()
+    )
+
+    def total(value: ColumnElement[int], *which: ColumnElement[bool]) -> ColumnElement[int]:
+        # A subquery a request, not a join: see `load_pending`.
+        of_request = select(func.coalesce(value, 0)).where(
+            Result.job_id == chunk.job_id,
+            Result.index == within.c.index,
+            Result.pass_ == chunk.pass_,
+            *which,
+        )
+        return func.coalesce(func.sum(of_request.scalar_subquery()), 0)
+
     ok = Result.error_code.is_(None)
     row = connection.execute(
         select(
-            func.count().filter(ok),
-            func.count().filter(~ok),
-            func.coalesce(func.sum(Result.prompt_tokens).filter(ok & (Result.sample == 0)), 0),
-            func.coalesce(func.sum(Result.completion_tokens).filter(ok), 0),
-        )
-        .join_from(
-            Request, Result, (Result.job_id == Request.job_id) & (Result.index == Request.index)
-        )
-        .where(
-            Request.job_id == chunk.job_id,
-            Request.position >= first,
-            Request.position < end,
-            Result.pass_ == chunk.pass_,
+            total(func.count(), ok).label("done"),
+            total(func.count(), ~ok).label("failed"),
+            total(func.sum(Result.prompt_tokens), ok, Result.sample == 0).label("prompt_tokens"),
+            total(func.sum(Result.completion_tokens), ok).label("completion_tokens"),
         )
     ).one()
-    return dict(
-        zip(("done", "failed", "prompt_tokens", "completion_tokens"), map(int, row), strict=True)
-    )
+    return {name: int(value) for name, value in row._mapping.items()}
 
 
 def _condemn(connection: Connection, chunk: ChunkRow, request: PendingRequest) -> None:
@@ -299,7 +334,6 @@ def _take_over(connection: Connection, chunk: ChunkRow, rows: list[dict[str, obj
             )
         ],
     )
-    complete_ended(connection, [chunk.job_id])
 
 
 def forget_old_workers(connection: Connection, *, keep_seconds: float) -> int:

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sqlalchemy import Connection, case, select, update
+from sqlalchemy import Connection, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from models.base import db_now
-from models.job import ENDED_JOB_STATES, Chunk, Job, ParameterSet, Provenance, Result
-from models.store.jobs import complete_ended, lock_jobs
+from models.job import Chunk, ParameterSet, Provenance, Result
+from models.store.jobs import complete_ended, lock_jobs, returned_chunk
 
 ResultRow = Mapping[str, Any]
 """The columns of `results`, by attribute name, but for `job_id` and `pass_`."""
@@ -56,10 +56,11 @@ def save(connection: Connection, worker_id: str, chunks: Sequence[ChunkSave]) ->
     """
     ordered = sorted(chunks, key=lambda chunk: chunk.chunk_id)
     ending = [chunk.job_id for chunk in ordered if chunk.end is not None]
-    if ending:
-        lock_jobs(connection, ending)
+    states = lock_jobs(connection, ending) if ending else {}
     lost = frozenset(
-        chunk.chunk_id for chunk in ordered if not _guarded_update(connection, worker_id, chunk)
+        chunk.chunk_id
+        for chunk in ordered
+        if not _guarded_update(connection, worker_id, chunk, states.get(chunk.job_id))
     )
     rows = [
         {**row, "job_id": chunk.job_id, "pass_": chunk.pass_}
@@ -69,13 +70,13 @@ def save(connection: Connection, worker_id: str, chunks: Sequence[ChunkSave]) ->
     ]
     if rows:
         connection.execute(_upsert_results(connection), rows)
-    done = [
-        chunk.job_id for chunk in ordered if chunk.end is not None and chunk.chunk_id not in lost
-    ]
-    return SaveOutcome(lost, tuple(complete_ended(connection, done)) if done else ())
+    done = [chunk.job_id for chunk in ordered if chunk.end == "done" and chunk.chunk_id not in lost]
+    return SaveOutcome(lost, tuple(complete_ended(connection, done)))
 
 
-def _guarded_update(connection: Connection, worker_id: str, chunk: ChunkSave) -> bool:
+def _guarded_update(
+    connection: Connection, worker_id: str, chunk: ChunkSave, job_state: str | None
+) -> bool:
     values: dict[str, Any] = {
         "done": chunk.done,
         "failed": chunk.failed,
@@ -85,7 +86,7 @@ def _guarded_update(connection: Connection, worker_id: str, chunk: ChunkSave) ->
     if chunk.end == "done":
         values |= {"state": "done", "finished_at": db_now()}
     elif chunk.end == "return":
-        values |= {"state": returned_state(), "worker_id": None}
+        values |= returned_chunk(job_state, done=chunk.done, failed=chunk.failed)
     hit = connection.execute(
         update(Chunk)
         .where(
@@ -97,17 +98,6 @@ def _guarded_update(connection: Connection, worker_id: str, chunk: ChunkSave) ->
         .values(**values)
     )
     return hit.rowcount == 1
-
-
-def returned_state() -> Any:
-    """`queued`, or `cancelled` if the chunk's (locked) job has ended meanwhile."""
-    ended = (
-        select(Job.id)
-        .where(Job.id == Chunk.job_id, Job.state.in_(ENDED_JOB_STATES))
-        .correlate(Chunk)
-        .exists()
-    )
-    return case((ended, "cancelled"), else_="queued")
 
 
 def _upsert_results(connection: Connection) -> Any:

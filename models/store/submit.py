@@ -1,6 +1,8 @@
 """Storing a new job: invisible while `storing`, live in one last transaction.
 
-Submit dies half-way: the job stays `storing`, nobody sees it, and housekeeping removes it.
+Submit dies half-way: the job stays `storing`, nobody sees it, and housekeeping removes it. A job
+whose removal has begun has a `finished_at`: a submit that stood still and goes on finds it refused,
+else it would finish a job with holes.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, insert, select, update
 
 from models.base import db_now
+from models.database import driver_errors
 from models.job import Chunk, Job, Request
 from nightherd.errors import ConflictError
 
@@ -76,7 +79,9 @@ def begin_storing(connection: Connection, job: NewJob) -> None:
 
 def _touch_storing(connection: Connection, job_id: str) -> None:
     touched = connection.execute(
-        update(Job).where(Job.id == job_id, Job.state == "storing").values(touched_at=db_now())
+        update(Job)
+        .where(Job.id == job_id, Job.state == "storing", Job.finished_at.is_(None))
+        .values(touched_at=db_now())
     )
     if touched.rowcount != 1:
         raise ConflictError(
@@ -121,7 +126,11 @@ def _copy_requests(connection: Connection, job_id: str, rows: Sequence[NewReques
         'COPY requests (job_id, "index", position, custom_id, body, params, samples) '
         "FROM STDIN (FORMAT BINARY)"
     )
-    with driver.cursor() as cursor, cursor.copy(statement) as copy:
+    with (
+        driver_errors(connection, statement),
+        driver.cursor() as cursor,
+        cursor.copy(statement) as copy,
+    ):
         copy.set_types(["varchar", "int8", "int8", "text", "json", "json", "int4"])
         for row in rows:
             copy.write_row(
@@ -161,14 +170,17 @@ def finish_storing(connection: Connection, job_id: str, chunks: Sequence[ChunkRa
 
 
 def remove_orphans(connection: Connection, *, idle_seconds: float, limit: int = 20_000) -> int:
-    """Deletes up to `limit` rows of jobs whose submit stood still for `idle_seconds`.
+    """Deletes up to `limit` rows of a job whose submit gave up, or stood still for `idle_seconds`.
 
-    Returns how many rows went; call again in a new transaction while it is `limit`: one delete of
-    millions would lock SQLite for too long.
+    Returns how many rows went; call again in a new transaction for more: one delete of millions
+    would lock SQLite for too long.
     """
     orphan = connection.execute(
         select(Job.id)
-        .where(Job.state == "storing", Job.touched_at < db_now(-idle_seconds))
+        .where(
+            Job.state == "storing",
+            Job.finished_at.is_not(None) | (Job.touched_at < db_now(-idle_seconds)),
+        )
         .order_by(Job.id)
         .limit(1)
         .with_for_update(key_share=True, skip_locked=True)
@@ -179,16 +191,20 @@ def remove_orphans(connection: Connection, *, idle_seconds: float, limit: int = 
 
 
 def discard_storing(connection: Connection, job_id: str, *, limit: int = 20_000) -> int:
-    """Deletes up to `limit` request rows of a job in state `storing`, then the job itself."""
-    locked = connection.execute(
-        update(Job).where(Job.id == job_id, Job.state == "storing").values(state="storing")
+    """Deletes up to `limit` request rows of a job in state `storing`, then the job itself.
+
+    Returns how many rows went, the job's own included: 0 when there is nothing to remove.
+    """
+    doomed = connection.execute(
+        update(Job).where(Job.id == job_id, Job.state == "storing").values(finished_at=db_now())
     )
-    if locked.rowcount != 1:
+    if doomed.rowcount != 1:
         return 0
-    some = select(Request.index).where(Request.job_id == job_id).limit(limit)
-    gone = connection.execute(
-        delete(Request).where(Request.job_id == job_id, Request.index.in_(some))
-    ).rowcount
-    if gone < limit:
-        connection.execute(delete(Job).where(Job.id == job_id, Job.state == "storing"))
-    return gone
+    of_job = Request.job_id == job_id
+    rest = connection.execute(
+        select(Request.index).where(of_job).order_by(Request.index).offset(limit).limit(1)
+    ).scalar_one_or_none()
+    if rest is not None:
+        return connection.execute(delete(Request).where(of_job, Request.index < rest)).rowcount
+    gone = connection.execute(delete(Request).where(of_job)).rowcount
+    return gone + connection.execute(delete(Job).where(Job.id == job_id)).rowcount

@@ -134,6 +134,21 @@ class TimeOrDelay(click.ParamType[Any]):
         return time.astimezone(UTC)
 
 
+class Seed(click.ParamType[int]):
+    """A whole number of 64 bits."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            seed = int(value)
+        except ValueError:
+            seed = 2**63
+        if not -(2**63) <= seed < 2**63:
+            self.fail(f"{value!r} is no whole number of 64 bits")
+        return seed
+
+
 class OrNone(click.ParamType[Any]):
     """Another type, or the word `none` (as the empty string)."""
 

@@ -117,7 +117,9 @@ def retry(job: str, code: str | None) -> None:
 @click.argument("job")
 @click.option("--priority", type=click.IntRange(-1000, 1000), help="Higher runs first.")
 @click.option(
-    "--deadline", type=OrNone(TimeOrDelay()), help="End the job then, done or not; none: never."
+    "--deadline",
+    type=OrNone(TimeOrDelay()),
+    help="End the job then (2026-12-24T18:00, or a delay as 8h), done or not; none: never.",
 )
 @click.option("--not-before", type=OrNone(TimeOrDelay()), help="Start no earlier; none: at once.")
 def set_(

@@ -31,9 +31,10 @@ def _open() -> Database:
 
 @db.command()
 def upgrade() -> None:
-    """Bring the schema to this program's version; safe to run from many places at once.
+    """Bring the schema to this program's version.
 
-    SQLite databases are upgraded by themselves; PostgreSQL ones only by this command.
+    Safe to run from many places at once. SQLite databases are upgraded by themselves;
+    PostgreSQL ones only by this command.
 
     \b
     Example:
@@ -62,7 +63,7 @@ def current() -> None:
 
 @db.command()
 def check() -> None:
-    """Check that the schema is this program's, table by table; exit 4 if not.
+    """Check the schema, table by table; exit 4 if it differs.
 
     \b
     Example:

@@ -20,7 +20,9 @@ from producer.commands.common import (
 
 @click.command()
 @click.option("--open", "open_only", is_flag=True, help="Only jobs that have not ended.")
-@click.option("--limit", type=click.IntRange(1), default=50, show_default=True)
+@click.option(
+    "--limit", type=click.IntRange(1), default=50, show_default=True, help="At most so many."
+)
 @json_option
 def jobs(open_only: bool, limit: int, as_json: bool) -> None:
     """List jobs, the newest first.
@@ -61,10 +63,12 @@ def jobs(open_only: bool, limit: int, as_json: bool) -> None:
 @click.command()
 @click.argument("job", required=False)
 @click.option("--watch", is_flag=True, help="Show a live bar until the job ends or Ctrl-C.")
-@click.option("--wait", is_flag=True, help="Wait for the end; exit 5 with failed rows, 6 if ended.")
+@click.option(
+    "--wait", is_flag=True, help="Wait; exit 5 if rows failed, 6 if cancelled or expired."
+)
 @json_option
 def status(job: str | None, watch: bool, wait: bool, as_json: bool) -> None:
-    """Show how far JOB is; without JOB, all open jobs and the latest one.
+    """Show how far JOB is; without JOB, all open jobs or, if none is open, the latest.
 
     JOB is any unique beginning of a job's id.
 

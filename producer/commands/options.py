@@ -7,11 +7,12 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import click
 
-from producer.commands.common import TimeOrDelay, notice
+from producer.commands.common import Seed, TimeOrDelay, notice
 
 if TYPE_CHECKING:
     from models.database import Database
@@ -41,9 +42,10 @@ _JOB_OPTIONS = (
     click.option("--name", help="A name for `jobs` and `status`."),
     click.option("--priority", type=click.IntRange(-1000, 1000), default=0, show_default=True,
                  help="Higher runs first."),
-    click.option("--not-before", type=TimeOrDelay(), help="Start no earlier."),
+    click.option("--not-before", type=TimeOrDelay(),
+                 help="Start no earlier: 2026-12-24T18:00, or a delay as 90m, 8h, 2d."),
     click.option("--deadline", type=TimeOrDelay(), help="End the job then, done or not."),
-    click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1),
+    click.option("--seed", type=Seed(),
                  help="For all random choices; drawn and shown if not given."),
 )  # fmt: skip
 
@@ -59,7 +61,7 @@ _INPUT_OPTIONS = (
                  type=click.Choice(["generate", "summarize", "translate", "answer", "classify"]),
                  help="A ready-made template: generate, summarize, translate, answer, classify."),
     click.option("--task-arg", "task_args", multiple=True, metavar="KEY=VALUE",
-                 help="As target_language=German for translate."),
+                 help="translate: target_language=German (needed), source_language=…"),
     click.option("--labels", metavar="A,B,…", help="The labels of --task classify."),
     click.option("--keep", multiple=True, metavar="COLUMN",
                  help="Keep this column beside the request."),
@@ -72,7 +74,8 @@ _MORE_PARAMETERS = (
                  help="End at this token."),
     click.option("--ignore-eos", is_flag=True, help="Do not end at the end of sequence."),
     click.option("--param", "params", multiple=True, metavar="NAME=JSON",
-                 help="Any other parameter, as logit_bias='{\"13\": -100}'."),
+                 help="Any other parameter, as logit_bias='{\"13\": -100}'; "
+                      "docs/parameters.md has them all."),
 )  # fmt: skip
 
 
@@ -108,7 +111,9 @@ def job_params(options: Mapping[str, Any]) -> dict[str, Any]:
         if not equals:
             raise UsageError(f"--param {item}: write NAME=JSON, as --param top_k=40")
         if name in given:
-            raise ParameterError(f"--param {name} repeats --{name.replace('_', '-')}; give one")
+            raise ParameterError(f"{name} is given twice; give it once")
+        if name == "seed":
+            raise UsageError("--param seed would give all rows one seed; use --seed")
         try:
             given[name] = json.loads(value)
         except ValueError:
@@ -147,6 +152,8 @@ def do_submit(path: str, options: Mapping[str, Any]) -> tuple[Settings, Database
 
     settings = load_settings()
     key = checkpoint_key(options["checkpoint"])
+    _refuse_empty_folder(key)
+    _refuse_past_deadline(options["deadline"])
     params = job_params(options)
     builder = make_builder(
         template=options["template"],
@@ -205,6 +212,23 @@ def _say_what_was_assumed(
         notice(f"the rows name models ({named}); the job's checkpoint counts, not they")
     if reader.unseen:
         notice(f"--keep: no row has {', '.join(sorted(reader.unseen))}", always=True)
+
+
+def _refuse_empty_folder(key: str) -> None:
+    """A folder that is here and holds no checkpoint would let the job wait for ever."""
+    from nightherd.catalogue import local_folder
+    from nightherd.errors import CheckpointError
+
+    folder = local_folder(key)
+    if folder is not None and folder.is_dir() and not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} holds no checkpoint: it has no config.json")
+
+
+def _refuse_past_deadline(deadline: datetime | None) -> None:
+    from nightherd.errors import UsageError
+
+    if deadline is not None and deadline <= datetime.now(UTC):
+        raise UsageError(f"--deadline {deadline:%Y-%m-%d %H:%M} UTC has passed already")
 
 
 def _user() -> str | None:

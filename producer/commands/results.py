@@ -24,6 +24,8 @@ def open_output(path: str | None) -> Iterator[IO[str]]:
         yield sys.stdout
         return
     target = Path(path)
+    if target.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder")
     try:
         descriptor, temporary = tempfile.mkstemp(
             dir=target.parent, prefix=f".{target.name}.", suffix=".part"
@@ -44,6 +46,17 @@ def open_output(path: str | None) -> Iterator[IO[str]]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def refuse_unwritable(path: str | None) -> None:
+    """Says before long work, not after it, that its output could not be written."""
+    if path is not None and path != "-":
+        with contextlib.suppress(_Checked), open_output(path):
+            raise _Checked
+
+
+class _Checked(Exception):
+    """Leaves `open_output` without writing the file."""
 
 
 def write_rows(rows: Iterable[dict[str, Any]], file: IO[str], *, text_only: bool = False) -> int:
@@ -108,6 +121,8 @@ def results(
         count = write_rows(iterate_results(database, job_id, options), file, text_only=text_only)
     if output not in (None, "-"):
         notice(f"{count:,} rows in {output}")
+    elif not count:
+        notice("no results yet" if not failed else "no failed rows")
 
 
 @click.command()
@@ -169,7 +184,9 @@ def _describe(detail: dict[str, Any]) -> str:
 @click.command()
 @click.argument("job")
 @click.option("--code", help="Only failures of this code.")
-@click.option("--limit", type=click.IntRange(1), default=100, show_default=True)
+@click.option(
+    "--limit", type=click.IntRange(1), default=100, show_default=True, help="At most so many."
+)
 @json_option
 def errors(job: str, code: str | None, limit: int, as_json: bool) -> None:
     """List JOB's failed rows with their codes and messages.

@@ -14,7 +14,9 @@ from producer.commands.options import do_submit, submit_options
 @click.command()
 @click.argument("file")
 @submit_options
-@click.option("--wait", is_flag=True, help="Wait for the end; exit 5 with failed rows, 6 if ended.")
+@click.option(
+    "--wait", is_flag=True, help="Wait; exit 5 if rows failed, 6 if cancelled or expired."
+)
 def submit(file: str, wait: bool, **options: Any) -> None:
     """Enqueue FILE (or `-`) as a job and print its id.
 

@@ -305,7 +305,7 @@ def test_a_broken_checkpoint_is_one_line(
 
 def test_a_sentencepiece_model_alone_says_how_to_convert_it(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"AutoTokenizer to convert tokenizer\.model"):
+    with pytest.raises(CheckpointError, match=r"convert its tokenizer\.model: nightherd check"):
         TextProcessor.load(tmp_path)
 
 

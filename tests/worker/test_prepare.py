@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nightherd.params import sample_seed
+from tests.fakes import FakeEngine, byte_text
+from tests.worker.house import SEED, a_claim, a_request
+from worker.prepare import Prepared, Preparer
+
+
+def _prepare(*requests: Any, job: dict[str, Any] | None = None, **given: Any) -> list[Prepared]:
+    engine = given.pop("engine", None) or FakeEngine()
+    text = given.pop("text", None) or byte_text(given.pop("context_length", 256))
+    return Preparer(text, engine).prepare_each(a_claim(params=job or {}, **given), requests)
+
+
+def _one(prompt: object = "a prompt", **given: Any) -> Prepared:
+    request = {name: given.pop(name) for name in ("samples", "params") if name in given}
+    (prepared,) = _prepare(a_request(3, prompt, **request), **given)
+    return prepared
+
+
+def _code(prepared: Prepared) -> str | None:
+    assert (prepared.error is None) == (prepared.engine_request is not None)
+    return None if prepared.error is None else prepared.error.code
+
+
+def test_a_prompt_becomes_its_tokens_with_a_seed_for_each_sample() -> None:
+    prepared = _one("a prompt", samples=(0, 1, 2))
+    request = prepared.engine_request
+    assert request is not None
+    assert request.prompt_token_ids == tuple(byte_text().encode("a prompt", True))
+    assert request.seeds == tuple(sample_seed(SEED, None, 3, sample) for sample in range(3))
+    assert prepared.prompt_tokens == len("a prompt")
+
+
+def test_only_samples_still_owed_are_asked_for_with_the_seeds_they_always_have() -> None:
+    request = _one(samples=(1, 4)).engine_request
+    assert request is not None
+    assert request.seeds == (sample_seed(SEED, None, 3, 1), sample_seed(SEED, None, 3, 4))
+
+
+def test_a_requests_own_seed_does_not_depend_on_where_it_stands() -> None:
+    first, second = (
+        prepared.engine_request
+        for prepared in _prepare(
+            a_request(0, "x", params={"seed": 5}), a_request(9, "x", params={"seed": 5})
+        )
+    )
+    assert first is not None
+    assert second is not None
+    assert first.seeds == second.seeds
+
+
+def test_the_request_goes_before_the_job_and_the_job_before_the_checkpoint() -> None:
+    text = byte_text()
+    text.generation_layer = {"temperature": 0.1, "top_p": 0.2, "top_k": 3}
+    prepared = _one(
+        params={"temperature": 0.9}, job={"temperature": 0.5, "top_p": 0.6}, text=text
+    ).params
+    assert prepared is not None
+    assert (prepared.temperature, prepared.top_p, prepared.top_k) == (0.9, 0.6, 3)
+
+
+def test_requests_of_equal_parameters_share_a_set_whatever_their_seeds() -> None:
+    same, other, different = _prepare(
+        a_request(0), a_request(1, params={"seed": 9}), a_request(2, params={"temperature": 0.3})
+    )
+    assert same.parameter_set is not None
+    assert same.parameter_set == other.parameter_set
+    assert different.parameter_set is not None
+    assert same.parameter_set[0] != different.parameter_set[0]
+
+
+@pytest.mark.parametrize(
+    ("job", "room"),
+    [
+        ({"max_tokens": 5}, 5),
+        ({"max_tokens": 200}, 90),
+        ({}, 90),
+        ({"max_length": 30}, 20),
+        ({"max_length": 300}, 90),
+        ({"max_length": 30, "max_tokens": 7}, 7),
+        ({"max_length": 30, "max_tokens": 70}, 20),
+    ],
+)
+def test_what_may_be_generated_is_cut_to_what_the_context_leaves(
+    job: dict[str, int], room: int
+) -> None:
+    request = _one("0123456789", job=job, context_length=100).engine_request
+    assert request is not None
+    assert request.max_new_tokens == room
+
+
+def test_the_default_of_max_tokens_does_not_cut_what_max_length_allows() -> None:
+    request = _one("0123456789", job={"max_length": 1000}, context_length=2000).engine_request
+    assert request is not None
+    assert request.max_new_tokens == 990
+
+
+def test_a_prompt_beyond_the_context_fails_and_says_both_lengths() -> None:
+    prepared = _one("x" * 100, context_length=100)
+    assert _code(prepared) == "context_length_exceeded"
+    assert "100 tokens" in str(prepared.error)
+    assert prepared.prompt_tokens == 100
+    assert prepared.parameter_set is not None
+    assert _code(_one("x" * 100, context_length=100, job={"truncate_prompt_tokens": 50})) is None
+
+
+def test_a_prompt_beyond_max_length_fails() -> None:
+    prepared = _one("x" * 30, job={"max_length": 30})
+    assert _code(prepared) == "context_length_exceeded"
+    assert "max_length" in str(prepared.error)
+
+
+def test_bad_requests_fail_alone() -> None:
+    prepared = _prepare(
+        a_request(0, "good"),
+        a_request(1, "half a \ud800 pair"),
+        a_request(2, "contradiction", params={"min_tokens": 9, "max_tokens": 3}),
+        a_request(3, "bad words", params={"bad_words": ["\ud800"]}),
+        a_request(4, "x" * 300),
+        a_request(5, [99999]),
+        a_request(6, "good too"),
+    )
+    assert [_code(one) for one in prepared] == [
+        None,
+        *["invalid_request"] * 3,
+        "context_length_exceeded",
+        "invalid_request",
+        None,
+    ]
+    assert [one.index for one in prepared] == list(range(7))
+
+
+def test_a_parameter_that_the_engine_cannot_honour_is_named() -> None:
+    engine = FakeEngine()
+    engine.refuses = "structured_outputs"
+    prepared = _one(engine=engine)
+    assert _code(prepared) == "unsupported_parameter"
+    assert "fake cannot honour structured_outputs" in str(prepared.error)
+
+
+def test_something_unforeseen_fails_its_row_alone(caplog: pytest.LogCaptureFixture) -> None:
+    text = byte_text()
+    encode = text.prepare_many
+
+    def fragile(items: Any) -> Any:
+        if any(body["prompt"] == "boom" for body, _ in items):
+            raise ZeroDivisionError("tokenizer")
+        return encode(items)
+
+    text.prepare_many = fragile  # type: ignore[method-assign]
+    prepared = _prepare(a_request(0, "a"), a_request(1, "boom"), a_request(2, "c"), text=text)
+    assert [_code(one) for one in prepared] == [None, "engine_error", None]
+    assert "tokenizer" in str(prepared[1].error)
+
+
+def test_ends_of_sequence_count_unless_they_are_ignored() -> None:
+    request = _one().engine_request
+    ignoring = _one(job={"ignore_eos": True, "stop_token_ids": [7]}).engine_request
+    assert request is not None
+    assert ignoring is not None
+    assert request.eos_token_ids == byte_text().eos_token_ids
+    assert ignoring.eos_token_ids == frozenset()
+    assert ignoring.stop_token_ids == {7}
+
+
+def test_a_bad_word_is_meant_with_and_without_a_space() -> None:
+    request = _one(job={"bad_words": ["cat"]}).engine_request
+    assert request is not None
+    encode = byte_text().encode
+    assert set(request.bad_words) == {tuple(encode("cat", False)), tuple(encode(" cat", False))}
+
+
+def test_each_sample_has_its_own_check_for_stop_strings() -> None:
+    request = _one(job={"stop": ["ab"]}).engine_request
+    assert request is not None
+    assert request.make_stop_check is not None
+    first, second = request.make_stop_check(), request.make_stop_check()
+    a, b = byte_text().encode("ab", False)
+    assert [first(a), first(b)] == [False, True]
+    assert second(b) is False
+    assert _one().engine_request.make_stop_check is None  # type: ignore[union-attr]
+
+
+def test_the_jobs_priority_goes_with_its_requests() -> None:
+    request = _one(priority=5).engine_request
+    assert request is not None
+    assert request.priority == 5

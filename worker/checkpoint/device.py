@@ -1,0 +1,73 @@
+"""Devices and number formats: which one is meant by `auto`, and what is not on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from nightherd.errors import CheckpointError
+
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+}
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the first CUDA device, else the CPU; raises `CheckpointError` for one not here."""
+    if device == "auto":
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
+        raise CheckpointError(f"device {device!r} is unknown: give auto, cpu or cuda:N")
+    if wanted.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        reason = "this torch is built without CUDA" if torch.version.cuda is None else "no driver"
+        raise CheckpointError(f"device {device!r} cannot be used: no CUDA device ({reason})")
+    count = torch.cuda.device_count()
+    index = wanted.index or 0
+    if index >= count:
+        raise CheckpointError(f"device {device!r} does not exist: this machine has {count} of them")
+    return torch.device("cuda", index)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device computes in it, else float32.
+
+    Raises `CheckpointError` for an unknown name.
+    """
+    if dtype == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            able = _cpu_capabilities()
+            fast = bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("sve_bf16"))
+        return torch.bfloat16 if fast else torch.float32
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"dtype {dtype!r} is unknown: give auto, bfloat16, float16, float32")
+    return _DTYPES[dtype]
+
+
+def _cpu_capabilities() -> Mapping[str, Any]:
+    # Not in every torch that we allow.
+    ask: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    return ask()
+
+
+def device_name(device: torch.device) -> str:
+    """A device in words, with its model, as in `cuda:0 NVIDIA H100` or `cpu AMD EPYC`."""
+    if device.type == "cuda":
+        return f"{device} {torch.cuda.get_device_name(device)}"
+    model = _cpu_capabilities().get("cpu_name") or os.uname().machine
+    return f"{device} {model}"

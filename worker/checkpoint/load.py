@@ -1,0 +1,160 @@
+"""From a checkpoint's key to a model that can generate, with all that may be wrong between."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from nightherd.errors import CheckpointError
+from nightherd.text import TextProcessor
+from nightherd.tokenizer import read_json
+from worker.checkpoint import memory
+from worker.checkpoint.device import resolve_device, resolve_dtype
+from worker.checkpoint.files import Folder, read_weights
+from worker.checkpoint.locate import find
+from worker.checkpoint.report import check, check_architecture, check_packages
+from worker.checkpoint.tokenizer import convert_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model, ready to generate: in eval mode, on its device."""
+
+    model: PreTrainedModel
+    folder: Path
+    device: torch.device
+    dtype: str
+    """`bfloat16`, `float16` or `float32`."""
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding: token ids below it have one, the tokenizer's or padding."""
+        weight = self.model.get_input_embeddings().weight
+        return int(cast(torch.Tensor, weight).shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checkpoint with both its sides."""
+
+    text: TextProcessor
+    model: LoadedModel
+
+
+def open_checkpoint(
+    key: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    chat_template: str | None = None,
+    home: Path,
+) -> Opened:
+    """All of what a worker does to have its checkpoint: check, fetch, load.
+
+    What can be known to be wrong is said before anything large is fetched or loaded. `home` is
+    the data folder. Raises `CheckpointError`.
+    """
+    report = check(key, device=device, dtype=dtype, home=home, chat_template=chat_template)
+    if report.problems:
+        raise CheckpointError(report.problems[0])
+    folder = report.path or find(key)
+    text = report.text or load_text(folder, home, chat_template)
+    return Opened(text, load_model(folder, device, dtype))
+
+
+def load_text(folder: Path, home: Path, chat_template: str | None = None) -> TextProcessor:
+    """The text side of a folder; a tokenizer.model alone is converted first."""
+    convert_tokenizer(folder, home)
+    return TextProcessor.load(folder, chat_template, home=home)
+
+
+def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Loads a checkpoint's weights with transformers: safetensors alone, no code of its own.
+
+    Raises `CheckpointError` for a device that is not here, an architecture that transformers does
+    not know, weights that are missing, broken or of another shape, and too little memory.
+    """
+    place = resolve_device(device)
+    precision = resolve_dtype(dtype, place)
+    config = read_json(folder, "config.json")
+    check_architecture(config)
+    check_packages(config)
+    weights = read_weights(Folder(folder))
+    need = memory.weights_bytes(weights, config, precision)
+    problem = memory.problem(str(folder), need, config, precision, place)
+    if problem is not None:
+        raise CheckpointError(problem)
+    try:
+        with _quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=precision,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                # Only so that the names can be told: `_incomplete` refuses such a model.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+        problem = _incomplete(info)
+        if problem is None:
+            cast(torch.nn.Module, model).to(place).eval()
+            name = str(precision).removeprefix("torch.")
+            return LoadedModel(model=model, folder=folder, device=place, dtype=name)
+    except (MemoryError, torch.OutOfMemoryError):
+        problem = f"it does not fit into the memory of {place}; use a smaller or quantised one"
+    except Exception as error:  # transformers raises whatever its parts raise
+        problem = one_line(error)
+    raise CheckpointError(f"checkpoint {folder} cannot be loaded: {problem}")
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What an error says, on one line of at most `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bar where nobody watches, and its table of missing keys."""
+    bar = transformers_logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    if bar:
+        _disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            _enable_progress_bar()
+
+
+# transformers leaves these two untyped.
+_disable_progress_bar = cast("Callable[[], None]", transformers_logging.disable_progress_bar)
+_enable_progress_bar = cast("Callable[[], None]", transformers_logging.enable_progress_bar)
+
+
+def _incomplete(info: dict[str, Any]) -> str | None:
+    """What is wrong with the weights; transformers itself would fill gaps with random numbers."""
+    for kind, text in (
+        ("missing_keys", "its weights lack {}; download or copy it again"),
+        ("mismatched_keys", "its weights have {} in another shape than config.json says"),
+    ):
+        # A mismatched key comes with its two shapes.
+        keys = info.get(kind) or ()
+        names = sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            return text.format(names[0] + more)
+    return None

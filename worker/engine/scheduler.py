@@ -1,0 +1,163 @@
+"""Which positions of which sequences go into the next step.
+
+A step is a list of rows, one a position: all sequences that decode give one each, and what is left
+of the token budget goes to prefills, in order (chunked prefill, Sarathi: Agrawal et al. 2024). When
+blocks run out the newest sequence is preempted: it keeps what it generated and is computed again
+later.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+
+from worker.engine.block_manager import BlockManager
+from worker.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Positions `[start, start + count)` of a sequence, to be computed in a step."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the step reaches the sequence's end, so that its next token is chosen."""
+        return self.start + self.count == self.sequence.length
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step."""
+
+    spans: list[Span] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return sum(span.count for span in self.spans)
+
+
+class Scheduler:
+    """Admits, preempts and plans. Not thread-safe: the engine's thread owns it."""
+
+    def __init__(self, blocks: BlockManager, *, max_sequences: int, budget: int) -> None:
+        if budget < max_sequences:
+            raise ValueError(
+                f"the token budget ({budget}) must be at least max_sequences ({max_sequences}): "
+                "each running sequence needs a row in each step"
+            )
+        self.blocks = blocks
+        self.max_sequences = max_sequences
+        self.budget = budget
+        """Rows of a step, at most."""
+        self.running: list[Sequence] = []
+        """In the order of admission."""
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self.preemptions = 0
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def idle(self) -> bool:
+        return not self.running and not self._waiting
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence; one that was preempted comes before those that arrived later."""
+        heapq.heappush(self._waiting, (sequence.rank, sequence))
+
+    def remove(self, sequences: Many[Sequence]) -> None:
+        """Forgets sequences, waiting or running, and frees their blocks."""
+        gone = set(map(id, sequences))
+        for sequence in self.running:
+            if id(sequence) in gone:
+                self.blocks.release(sequence)
+        self.running = [sequence for sequence in self.running if id(sequence) not in gone]
+        left = [entry for entry in self._waiting if id(entry[1]) not in gone]
+        if len(left) != len(self._waiting):
+            heapq.heapify(left)
+            self._waiting = left
+
+    def plan(self) -> Plan:
+        """The next step; empty if nothing can run (then the first one waiting is too large)."""
+        plan = Plan()
+        budget = self.budget
+        preempted = self.preemptions
+        for sequence in list(self.running):
+            if budget == 0:
+                break
+            if sequence not in self.running:
+                continue  # preempted a moment ago
+            count = min(sequence.pending, budget)
+            if self._make_room(sequence, sequence.computed + count):
+                budget -= count
+                self._put(plan, sequence, count)
+        if self.preemptions == preempted:
+            self._admit(plan, budget)
+        return plan
+
+    def _put(self, plan: Plan, sequence: Sequence, count: int) -> None:
+        plan.spans.append(Span(sequence, sequence.computed, count))
+        self.blocks.publish(sequence, sequence.computed + count)
+
+    def _make_room(self, sequence: Sequence, length: int) -> bool:
+        """Blocks for a running sequence, if need be at the expense of the newest ones."""
+        while not self.blocks.extend(sequence, length):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.blocks.release(sequence)
+        self.add(sequence)
+        self.preemptions += 1
+
+    def _admit(self, plan: Plan, budget: int) -> None:
+        while budget > 0 and self._waiting and len(self.running) < self.max_sequences:
+            sequence = self._waiting[0][1]
+            # A block for each that runs already: else the next step would preempt at once.
+            if not self.blocks.fits(sequence, sequence.length, reserve=len(self.running)):
+                return
+            heapq.heappop(self._waiting)
+            self.blocks.admit(sequence)
+            count = min(sequence.pending, budget)
+            if not self.blocks.extend(sequence, sequence.computed + count):
+                raise AssertionError(f"{sequence} fits and yet does not")
+            self.running.append(sequence)
+            budget -= count
+            self._put(plan, sequence, count)
+
+    def first_waiting(self) -> Sequence | None:
+        return self._waiting[0][1] if self._waiting else None
+
+    def advance(self, plan: Plan) -> None:
+        """The step is done: its positions are in the KV cache."""
+        for span in plan.spans:
+            span.sequence.computed += span.count
+
+    def start_over(self) -> None:
+        """The step failed: the KV cache cannot be trusted; all wait to be computed again."""
+        for sequence in self.running:
+            self.blocks.release(sequence)
+            self.add(sequence)
+        self.running = []
+        self.blocks.forget_all()
+
+    def check(self) -> None:
+        """`BlockManager.check`, and what holds between steps. For tests."""
+        self.blocks.check(self.running)
+        for sequence in self.running:
+            room = len(sequence.block_ids) * self.blocks.block_size
+            if not 0 <= sequence.computed <= min(room, sequence.length):
+                raise AssertionError(f"{sequence} has room for {room}")
+        for _, sequence in self._waiting:
+            if sequence.block_ids or sequence.computed:
+                raise AssertionError(f"{sequence} waits and holds blocks")

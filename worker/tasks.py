@@ -1,0 +1,174 @@
+"""A wake-up becomes a claimed chunk, the chunk becomes requests in the engine, their end a save."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from sqlalchemy import Connection
+
+from models.database import Database
+from models.store import chunks
+from models.store.chunks import Claim, ClaimOutcome, PendingRequest
+from nightherd.errors import BrokerError, DatabaseError
+from nightherd.log import OncePerState
+from producer.dispatch import Dispatcher
+from worker.engine.interface import Engine, EngineRequest, Output
+from worker.inflight import ChunkRun, InFlight
+from worker.lease import Identity
+from worker.prepare import Prepared, Preparer
+from worker.results import Writer
+
+log = logging.getLogger("nightherd.tasks")
+
+_ATTEMPTS = 5
+_FAILED_PAUSE = 5.0
+
+
+class ChunkRunner:
+    """What a Celery task does with a wake-up; called from the pool's threads, many at once."""
+
+    def __init__(
+        self,
+        database: Database,
+        identity: Identity,
+        inflight: InFlight,
+        engine: Engine,
+        preparer: Preparer,
+        writer: Writer,
+        dispatcher: Dispatcher,
+        draining: threading.Event,
+    ) -> None:
+        self._database = database
+        self._identity = identity
+        self._inflight = inflight
+        self._engine = engine
+        self._preparer = preparer
+        self._writer = writer
+        self._dispatcher = dispatcher
+        self._draining = draining
+        self._broker_down = OncePerState(log)
+
+    def wake(self) -> str:
+        """Takes one wake-up: claims the best chunk and sees it through. Never raises.
+
+        Returns what became of it, for the log and the tests: `nothing`, `done`, …
+        """
+        if self._draining.is_set():
+            return "draining"
+        try:
+            run = self._claim()
+        except DatabaseError as error:
+            log.warning("no claim: %s", error)
+            return "database down"
+        except Exception:
+            log.exception("no claim")
+            return "failed"
+        if run is None:
+            return "nothing"
+        try:
+            self._feed(run)
+        except Exception as error:
+            log_it = log.warning if isinstance(error, DatabaseError) else log.exception
+            log_it("chunk %d goes back: %s", run.claim.chunk_id, error)
+            # It would be claimed again at once, and most likely fail again.
+            self._draining.wait(_FAILED_PAUSE)
+            self._give_back(run)
+        run.ended.wait()
+        if not self._draining.is_set():  # the worker rings when it has left
+            self.top_up(run.claim.checkpoint_key)
+        return "returned" if run.lost or run.aborted else "done"
+
+    def top_up(self, key: str) -> None:
+        """Rings for the next ones; a broker or database that is down is left to the tick."""
+        try:
+            self._dispatcher.top_up(key)
+        except (BrokerError, DatabaseError) as error:
+            self._broker_down.begin("no wake-ups published: %s; the tick will", error)
+        except Exception as error:
+            self._broker_down.begin("no wake-ups published: %r; the tick will", error)
+        else:
+            self._broker_down.end("wake-ups are published again")
+
+    def _claim(self) -> ChunkRun | None:
+        with self._inflight.gate:
+            if self._draining.is_set() or self._inflight.solo or self._engine.broken:
+                return None
+            outcome: ClaimOutcome = "nothing"
+            for _ in range(_ATTEMPTS):
+                outcome = self._database.retrying(self._try_claim, stop=self._draining)
+                if outcome != "again":
+                    break
+            if not isinstance(outcome, Claim):
+                if outcome in ("solo waits", "not registered"):
+                    log.debug("no claim: %s", outcome)
+                return None
+            run = ChunkRun(outcome, self._identity.id, self._engine)
+            self._inflight.register(run)
+            return run
+
+    def _try_claim(self, connection: Connection) -> ClaimOutcome:
+        return chunks.claim(
+            connection,
+            self._identity.id,
+            keys=self._identity.serves,
+            only_job=self._identity.only_job,
+            idle=not self._inflight.runs(),
+        )
+
+    def _feed(self, run: ChunkRun) -> None:
+        """Loads what the chunk owes and hands it to the engine, or straight to the writer."""
+        claim = run.claim
+
+        def load(connection: Connection) -> list[PendingRequest]:
+            return chunks.load_pending(
+                connection,
+                job_id=claim.job_id,
+                first_position=claim.first_position,
+                count=claim.count,
+                pass_=claim.pass_,
+                only_code=claim.only_code,
+            )
+
+        pending = self._database.retrying(load, reading=True, stop=self._draining)
+        prepared = self._preparer.prepare_each(claim, pending)
+        rest = sum(len(request.samples) for request in prepared)
+        run.loaded = True
+        self._writer.loaded(run, rest)
+        try:
+            for request in prepared:
+                if request.engine_request is None:
+                    for sample in request.samples:
+                        self._writer.answer(run, request, sample, None, None)
+                elif not self._add(run, request, request.engine_request):
+                    break
+                rest -= len(request.samples)
+        finally:
+            if rest:
+                # It is being aborted, or something broke: what was not handed over goes back.
+                run.abort()
+                self._writer.aborted(run, rest)
+
+    def _add(self, run: ChunkRun, request: Prepared, engine_request: EngineRequest) -> bool:
+        def on_output(place: int, output: Output) -> None:
+            seed = engine_request.seeds[place]
+            self._writer.answer(run, request, request.samples[place], seed, output)
+
+        try:
+            return run.add(engine_request, on_output)
+        except Exception as error:
+            # A mistake of the engine's about this request: it fails alone, or would for ever.
+            log.exception("row %d of job %s", request.index, run.claim.job_id)
+            reason = f"the engine does not take it: {error!r}"
+            output = Output((), "error", error_code="engine_error", error_message=reason)
+            for place in range(len(request.samples)):
+                on_output(place, output)
+            return True
+
+    def _give_back(self, run: ChunkRun) -> None:
+        """After a failure between claim and engine: what was fed is aborted, the chunk returned."""
+        run.abort()
+        if not run.loaded:
+            run.loaded = True
+            self._writer.loaded(run, 1)
+            self._writer.aborted(run, 1)
