@@ -89,7 +89,10 @@ def _alone(database: Database) -> Iterator[Connection]:
     try:
         lock = open(path, "w")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise DatabaseError(f"cannot write {path}: {error.strerror}") from error
+        raise DatabaseError(
+            f"cannot write {path}: {error.strerror}; make its folder writable, or set "
+            "NIGHTHERD_HOME or NIGHTHERD_DATABASE_URL to another place"
+        ) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with database.write() as connection:

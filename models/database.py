@@ -76,6 +76,16 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, OperationalError)
 
 
+_SQLITE_REMEDIES = (
+    ("readonly", "make the file and its folder writable, or set NIGHTHERD_HOME to another folder"),
+    ("unable to open", "make its folder writable, or set NIGHTHERD_HOME to another folder"),
+    ("full", "free its disk"),
+    ("locked", "another process holds it for long; try again"),
+    ("not a database", "the file is damaged: put a backup in its place, or set NIGHTHERD_HOME"),
+    ("malformed", "the file is damaged: put a backup in its place, or set NIGHTHERD_HOME"),
+)
+
+
 def explain(error: DBAPIError | PoolTimeout, url: URL) -> DatabaseError:
     """The user's one line for a database that refuses."""
     original = getattr(error, "orig", None) or error
@@ -83,9 +93,11 @@ def explain(error: DBAPIError | PoolTimeout, url: URL) -> DatabaseError:
     lines = [line.strip() for line in str(original).splitlines() if line.strip()]
     reason = lines[0].removeprefix("connection failed: ") if lines else type(original).__name__
     place = url.render_as_string(hide_password=True)
-    return DatabaseError(
-        f"the database {place} refuses: {reason} (is it running, is NIGHTHERD_DATABASE_URL right?)"
-    )
+    if url.get_backend_name() != "sqlite":
+        hint = " (is it running, is NIGHTHERD_DATABASE_URL right?)"
+    else:
+        hint = next((f"; {mend}" for sign, mend in _SQLITE_REMEDIES if sign in reason), "")
+    return DatabaseError(f"the database {place} refuses: {reason}{hint}")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ A `conftest.py` imports the fixtures that its folder uses.
 from __future__ import annotations
 
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,14 +39,16 @@ def common_postgresql(postgresql: str) -> Iterator[str]:
     administration = Database(postgresql)
     engine = administration.engine.execution_options(isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
-        connection.execute(text("CREATE DATABASE common"))
-    url = make_url(postgresql).set(database="common").render_as_string(hide_password=False)
+        # Each folder that imports this fixture has its own.
+        name = f"common_{uuid.uuid4().hex}"
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    url = make_url(postgresql).set(database=name).render_as_string(hide_password=False)
     made = Database(url)
     runner.upgrade(made)
     made.close()
     yield url
     with engine.connect() as connection:
-        connection.execute(text("DROP DATABASE common WITH (FORCE)"))
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
     administration.close()
 
 

@@ -79,17 +79,22 @@ def load_checkpoint(options: WorkerOptions, settings: Settings) -> Loaded:
     from worker import checkpoint
     from worker.engine.reference import GenerateEngine
 
-    folder = checkpoint.find(options.checkpoint_key)
     template = None
     if options.chat_template is not None:
         try:
             template = options.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"chat template {options.chat_template}: {error}") from None
-    text = TextProcessor.load(folder, chat_template=template)
     started = time.monotonic()
-    model = checkpoint.load_model(folder, options.device, options.dtype)
-    log.info("loaded %s in %.1f s: %s", folder, time.monotonic() - started, model.dtype)
+    opened = checkpoint.open_checkpoint(
+        options.checkpoint_key,
+        device=options.device,
+        dtype=options.dtype,
+        chat_template=template,
+        home=settings.home,
+    )
+    text, model = opened.text, opened.model
+    log.info("loaded %s in %.1f s: %s", model.folder, time.monotonic() - started, model.dtype)
     engine = GenerateEngine(
         model.model,
         vocab_size=text.vocab_size,

@@ -53,7 +53,7 @@ def test_a_claim_holds_the_chunk_under_a_new_fence(database: Database) -> None:
     assert row.started_at is not None
     with database.read() as connection:
         assert chunks.held_by(connection, worker) == {
-            held.chunk_id: chunks.Held(1, job_id, "running")
+            held.chunk_id: chunks.Held(1, job_id, "running", priority=3)
         }
     save(database, worker, held, only=(), end="return")
     assert claim(database, worker).fence == 2

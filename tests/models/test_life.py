@@ -41,10 +41,10 @@ from tests.seeding import (
     result_row,
     results,
     try_claim,
-    work_off,
 )
 
 CODES = ("engine_error", "out_of_memory")
+OUTCOMES = (None, None, *CODES)
 
 
 @dataclass
@@ -73,17 +73,23 @@ class ChunkLife(RuleBasedStateMachine):
         n=st.integers(1, 9),
         size=st.integers(1, 9),
         samples=st.integers(1, 2),
-        first_pass=st.none() | st.lists(st.sampled_from(CODES), min_size=9, max_size=9),
+        begun=st.lists(
+            st.tuples(st.sampled_from(["done", "return", None]), st.sampled_from(OUTCOMES)),
+            max_size=9,
+        ),
     )
-    def submit(self, n: int, size: int, samples: int, first_pass: list[str] | None) -> None:
-        """A job that is new, or one whose requests have all failed once."""
+    def submit(
+        self, n: int, size: int, samples: int, begun: list[tuple[str | None, str | None]]
+    ) -> None:
+        """A job of which some chunks were claimed: ended, half done and returned, or still held."""
         self.workers = [make_worker(self.database) for _ in range(2)]
         self.job = make_job(self.database, n, chunk_size=size, samples=samples)
         self.all = set(itertools.product(range(n), range(samples)))
-        if first_pass is not None:
-            failing = dict(enumerate(first_pass))
-            work_off(self.database, self.workers[0], only_job=self.job, failing=failing)
-            self.stored = {(index, sample): failing[index] for index, sample in self.all}
+        for _ in begun:
+            self.claims(0)
+        for one, (end, code) in zip(list(self.held), begun, strict=False):
+            part = one.owed if end == "done" else one.owed[: len(one.owed) // 2]
+            self.save(one, [result_row(*place, code=code) for place in part], end)
 
     def state(self) -> str:
         return str(job(self.database, self.job).state)
@@ -118,12 +124,14 @@ class ChunkLife(RuleBasedStateMachine):
     def saves(self, data: st.DataObject, end: str | None, repeat: bool) -> None:
         """A part, or all, of a chunk; also of one that was lost long ago."""
         one = data.draw(st.sampled_from(self.held), label="held")
-        places = one.owed
-        count = len(places) if end == "done" else data.draw(st.integers(0, len(places)))
-        rows = [
-            result_row(*place, code=data.draw(st.sampled_from([None, None, *CODES])))
-            for place in places[:count]
-        ]
+        count = len(one.owed) if end == "done" else data.draw(st.integers(0, len(one.owed)))
+        codes = data.draw(st.lists(st.sampled_from(OUTCOMES), min_size=count, max_size=count))
+        rows = [result_row(*place, code=code) for place, code in zip(one.owed, codes, strict=False)]
+        self.save(one, rows, end, repeat=repeat)
+
+    def save(
+        self, one: Held, rows: list[dict[str, Any]], end: str | None, *, repeat: bool = False
+    ) -> None:
         save = as_save(one.claim, one.saved + rows, end=end)
         save.results = rows
         self.commit(one, save)
@@ -131,7 +139,7 @@ class ChunkLife(RuleBasedStateMachine):
             self.commit(one, save)
         if not one.lost:
             one.saved += rows
-            one.owed = places[count:]
+            one.owed = one.owed[len(rows) :]
             self.stored |= {
                 (row["index"], row["sample"]): row["error_code"] or "ok" for row in rows
             }

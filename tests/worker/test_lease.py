@@ -211,6 +211,30 @@ def test_what_is_not_wanted_any_more_comes_back_within_two_watches(
         assert house.states(job) == [state] * 2
 
 
+def test_chunks_give_way_to_a_higher_priority_when_no_slot_is_free(
+    database: Database, make_settings: MakeSettings
+) -> None:
+    long = {"max_tokens": 200}
+    low = store_job(database, PROMPTS, params=long)
+    high = store_job(database, PROMPTS[:3], params=long)
+    engine = FakeEngine(step_seconds=0.02)
+    settings = make_settings(watch_seconds=0.2, slots=2)
+    with open_house(database, settings, engine, watching=True) as house:
+        wakes = [house.wake(), house.wake()]
+        wait_until(lambda: house.states(low) == ["running"] * 2)
+        time.sleep(3 * settings.watch_seconds)
+        assert house.states(low) == ["running"] * 2, "equals do not push each other out"
+        with database.write() as connection:
+            jobs.change(connection, high, {"priority": 1})
+        wait_until(lambda: house.states(low).count("queued") == 1, seconds=2)
+        wakes.append(house.wake())
+        wait_until(lambda: house.states(high) == ["running"], seconds=2)
+        assert house.states(low).count("running") == 1, "one was enough"
+        house.drain()
+        for wake in wakes:
+            wake.result(10)
+
+
 def test_a_broken_engine_is_reported(
     sqlite_database: Database, make_settings: MakeSettings
 ) -> None:
