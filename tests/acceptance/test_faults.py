@@ -149,4 +149,4 @@ def test_a_run_whose_worker_cannot_start_says_why(nightherd_alone: CommandLine) 
     assert outcome.code == 1
     assert len(outcome.error_lines) == 1
     assert "Traceback" not in outcome.err
-    assert "tokenizer.json" in outcome.err
+    assert "no safetensors files" in outcome.err
