@@ -26,7 +26,7 @@ $(VENV)/.dev: $(VENV)/.run
 
 demo: $(VENV)/.run  ## Run the main job here: a file of prompts in, every result out
 	@mkdir -p $(dir $(DEMO_RESULTS))
-	@job=$$($(BIN)/nightherd run $(EXAMPLE) --checkpoint demo --name demo --max-tokens 120 \
+	@job=$$($(BIN)/nightherd run $(EXAMPLE) --checkpoint demo --name demo --max-tokens 120 --temperature 0.5 \
 		-o $(DEMO_RESULTS)) && \
 	echo && $(BIN)/nightherd results $$job --limit 5 --text && \
 	echo && $(BIN)/nightherd status $$job && \
