@@ -91,7 +91,9 @@ def explain(error: DBAPIError | PoolTimeout, url: URL) -> DatabaseError:
     original = getattr(error, "orig", None) or error
     # The first line says it; hints and the place in the statement follow.
     lines = [line.strip() for line in str(original).splitlines() if line.strip()]
-    reason = lines[0].removeprefix("connection failed: ") if lines else type(original).__name__
+    reason = lines[0] if lines else type(original).__name__
+    for prefix in ("connection failed: ", "connection is bad: "):
+        reason = reason.removeprefix(prefix)
     place = url.render_as_string(hide_password=True)
     if url.get_backend_name() != "sqlite":
         hint = " (is it running, is NIGHTHERD_DATABASE_URL right?)"

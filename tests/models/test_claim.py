@@ -268,6 +268,25 @@ def test_queued_chunks_are_counted_up_to_a_limit(database: Database) -> None:
         assert sorted(chunks.keys_with_work(connection)) == ["another", KEY]
 
 
+def test_what_goes_before_a_priority_is_counted_best_first(database: Database) -> None:
+    make_job(database, 8, priority=5)
+    make_job(database, 4, priority=9)
+    make_job(database, 12, priority=1)
+    make_job(database, 8, priority=9, key="another")
+    paused = make_job(database, 4, priority=9)
+    with database.write() as connection:
+        jobs.pause(connection, paused)
+
+    def above(priority: int, limit: int = 9) -> list[int]:
+        with database.read() as connection:
+            return chunks.queued_above(connection, [KEY], priority, limit=limit)
+
+    assert above(0) == [9, 5, 5, 1, 1, 1]
+    assert above(0, limit=2) == [9, 5]
+    assert above(1) == [9, 5, 5]
+    assert above(9) == []
+
+
 def test_live_slots_are_summed_by_the_one_job_that_they_serve(database: Database) -> None:
     make_worker(database, slots=4)
     make_worker(database, slots=3, state="starting")

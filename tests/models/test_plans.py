@@ -47,6 +47,7 @@ WORK: dict[str, Work] = {
     "count of a job": lambda c, job_id, worker: chunks.count_queued(
         c, KEY, limit=9, only_job=job_id
     ),
+    "queued above": lambda c, job_id, worker: chunks.queued_above(c, [KEY], 0, limit=4),
     "keys": lambda c, job_id, worker: chunks.keys_with_work(c),
     "slots": lambda c, job_id, worker: chunks.live_slots(c, KEY),
     "suspects": lambda c, job_id, worker: leases.suspects(c),
