@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sqlite3
 import threading
 import time
@@ -36,6 +38,7 @@ _TRANSIENT_SQLSTATES = {
     *("25P03", "25006", "58030"),
 }
 _TRANSIENT_CLASSES = ("08", "53")
+_BUSY_SECONDS = 30  # how long SQLite waits for another process's lock
 _CLIENT_CONNECT_SECONDS = 5
 
 # A process that stands still, or a machine that is gone, in the middle of a transaction must not
@@ -148,7 +151,7 @@ class Database:
                     "NIGHTHERD_DATABASE_URL: a database in memory ends with its process; "
                     "use sqlite:////path/to/file.db"
                 )
-            arguments = {"timeout": 30, "check_same_thread": False}
+            arguments = {"timeout": _BUSY_SECONDS, "check_same_thread": False}
         else:
             arguments = {
                 "connect_timeout": _CLIENT_CONNECT_SECONDS,
@@ -170,6 +173,7 @@ class Database:
         except (NoSuchModuleError, ImportError) as error:
             raise SettingsError(f"NIGHTHERD_DATABASE_URL: {error}") from None
         if self.dialect == "sqlite":
+            event.listen(self.engine, "do_connect", _make_private_file)
             event.listen(self.engine, "connect", _prepare_sqlite_connection)
             event.listen(self.engine, "begin", _begin_sqlite)
         else:
@@ -251,17 +255,47 @@ def _prepare_postgresql_connection(connection: Any, _record: object) -> None:
     connection.commit()
 
 
+def _make_private_file(_dialect: object, _record: object, arguments: list[Any], _: object) -> None:
+    """Makes a database file that is not there yet with mode 600: prompts are private.
+
+    SQLite gives its other files the mode of this one. A file that is there is not opened: closing
+    it again would drop the locks that SQLite holds on it in this process.
+    """
+    name = str(arguments[0]) if arguments else ""
+    if name and not name.startswith((":memory:", "file:")):
+        with contextlib.suppress(OSError):  # SQLite has a better word for what is wrong
+            os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
+
+
 def _prepare_sqlite_connection(connection: sqlite3.Connection, _record: object) -> None:
     # The driver must not begin transactions by its own rules: `_begin_sqlite` does.
     connection.isolation_level = None
+    _switch_to_wal(connection)
     for pragma in (
-        "journal_mode = WAL",
         "synchronous = FULL",
-        "busy_timeout = 30000",
+        f"busy_timeout = {_BUSY_SECONDS * 1000}",
         "foreign_keys = ON",
         "temp_store = MEMORY",
     ):
         connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _switch_to_wal(connection: sqlite3.Connection) -> None:
+    """Makes a new file a WAL database; on one that is, this reads a page.
+
+    Where two processes open a new file at once, SQLite does not let the switch wait for the other
+    (its busy handler is not called for it): it fails at once, so the wait is here.
+    """
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL").close()
+            return
+        except sqlite3.OperationalError as error:
+            busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+            if not busy or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 def _begin_sqlite(connection: Connection) -> None:

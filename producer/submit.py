@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import islice
 from typing import IO, Any
 
 from sqlalchemy.exc import IntegrityError
@@ -19,9 +20,11 @@ from models.base import new_id
 from models.database import Database
 from models.store import submit as store
 from nightherd.errors import InputError, NightherdError, ParameterError, UsageError
-from nightherd.params import effective_params
+from nightherd.params import SamplingParams, effective_params
 from nightherd.settings import Settings
+from producer.checkpoint_limits import CheckpointLimits, limits_at_hand
 from producer.readers import Row, RowProblem
+from producer.status import serving_workers
 from producer.templates import unstorable
 
 log = logging.getLogger("nightherd.submit")
@@ -29,6 +32,8 @@ log = logging.getLogger("nightherd.submit")
 SHOWN_PROBLEMS = 20
 NOT_SUPPORTED_YET = ("response_format", "structured_outputs")
 _SPOOL_IN_MEMORY = 16 * 2**20
+_CHECKED_AT_ONCE = 128
+"""Rows, which are tokenised together where they may be too long."""
 _ID_ATTEMPTS = 5
 _DISCARD_SECONDS = 5.0
 _SMALLEST_CHUNK, _LARGEST_CHUNK, _CHUNKS_OF_SMALL_JOB = 16, 256, 8
@@ -103,16 +108,17 @@ def submit(
     """
     report = progress or (lambda phase, count, total: None)
     _check_options(options)
+    limits = _limits(database, settings, options)
     spool = _Spool()
     try:
-        _check(rows, options, spool, source, report)
+        _check(rows, options, limits, spool, source, report)
         return _store(database, settings, spool, options, report)
     finally:
         spool.close()
 
 
 def _check_options(options: JobOptions) -> None:
-    _owed_samples(None, options.params)  # contradictions within the job's own layer
+    _effective(None, options.params)  # contradictions within the job's own layer
     for name, value in (
         ("name", options.name),
         ("checkpoint", options.checkpoint_key),
@@ -127,13 +133,23 @@ def _check_options(options: JobOptions) -> None:
                 raise UsageError(f"the job's {name} holds {reason}")
 
 
-def _owed_samples(row: Mapping[str, Any] | None, job: Mapping[str, Any]) -> int:
-    """A row's effective `n`; raises `ParameterError` for what no worker could do."""
+def _limits(database: Database, settings: Settings, options: JobOptions) -> CheckpointLimits | None:
+    """What the job's checkpoint can take, where that is known here."""
+    key = options.checkpoint_key
+    serving = database.retrying(lambda connection: serving_workers(connection, key), reading=True)
+    limits = limits_at_hand(key, settings.home, serving)
+    if limits is not None:
+        limits.check_params(options.params)
+    return limits
+
+
+def _effective(row: Mapping[str, Any] | None, job: Mapping[str, Any]) -> SamplingParams:
+    """A row's effective parameters; raises `ParameterError` for what no worker could do."""
     params = effective_params(row, job)
     for name in NOT_SUPPORTED_YET:
         if getattr(params, name) is not None:
             raise ParameterError(f"{name} is not supported yet, by no engine of this version")
-    return params.n
+    return params
 
 
 def _strings(value: object) -> Iterator[str]:
@@ -151,28 +167,20 @@ def _strings(value: object) -> Iterator[str]:
 def _check(
     rows: Iterable[Row | RowProblem],
     options: JobOptions,
+    limits: CheckpointLimits | None,
     spool: _Spool,
     source: str,
     report: Progress,
 ) -> None:
     problems: list[str] = []
     bad = 0
-    job_samples = _owed_samples(None, options.params)
-    for row in rows:
-        if isinstance(row, Row):
-            samples = job_samples
-            if row.params:
-                try:
-                    samples = _owed_samples(row.params, options.params)
-                except ParameterError as error:
-                    row = RowProblem(row.line, str(error))
+    for row, params in _checked(rows, options, limits):
         if isinstance(row, RowProblem):
             bad += 1
             if len(problems) < SHOWN_PROBLEMS:
                 problems.append(f"line {row.line}: {row.message}")
-            continue
-        if not bad:
-            spool.add(row, samples)
+        elif not bad:
+            spool.add(row, params.n)
         report("checking", len(spool.samples) + bad, None)
     if bad:
         more = f" (and {bad - len(problems)} more)" if bad > len(problems) else ""
@@ -185,6 +193,31 @@ def _check(
         )
     if not spool.samples:
         raise InputError(f"{source} is empty: it must hold at least one prompt")
+
+
+def _checked(
+    rows: Iterable[Row | RowProblem], options: JobOptions, limits: CheckpointLimits | None
+) -> Iterator[tuple[Row | RowProblem, SamplingParams]]:
+    """Every row in its order with its parameters, or what is wrong with it."""
+    of_the_job = _effective(None, options.params)
+    waiting = iter(rows)
+    while block := list(islice(waiting, _CHECKED_AT_ONCE)):
+        params = [of_the_job] * len(block)
+        for place, row in enumerate(block):
+            if isinstance(row, Row) and row.params:
+                try:
+                    params[place] = _effective(row.params, options.params)
+                    if limits is not None:
+                        limits.check_params(row.params)
+                except ParameterError as error:
+                    block[place] = RowProblem(row.line, str(error))
+        if limits is not None:
+            good = [(i, row) for i, row in enumerate(block) if isinstance(row, Row)]
+            found = limits.problems([(row.body, params[i]) for i, row in good])
+            for (i, row), problem in zip(good, found, strict=True):
+                if problem is not None:
+                    block[i] = RowProblem(row.line, problem)
+        yield from zip(block, params, strict=True)
 
 
 def _store(
@@ -249,7 +282,9 @@ def _discard(database: Database, job_id: str) -> None:
     """Removes what was stored of a job that will not be; housekeeping goes on after a while."""
     deadline = time.monotonic() + _DISCARD_SECONDS
     try:
-        while database.retrying(lambda connection: store.discard_storing(connection, job_id)):
+        while database.retrying(
+            lambda connection: store.discard_storing(connection, job_id), patience=1.0
+        ):
             if time.monotonic() > deadline:
                 return
     except NightherdError as error:

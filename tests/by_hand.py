@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from nightherd.broker import _find_server
+from nightherd.broker import find_server
 from tests import compose
 from tests.compose import seconds
 from tests.sandbox import NOBODY, Sandbox
@@ -60,7 +60,7 @@ class Machine:
             shim = self.programs / "redis-cli"
             shim.write_text(_REDIS_CLI.format(python=sys.executable))
             shim.chmod(0o755)
-        (self.programs / "redis-server").symlink_to(_find_server())
+        (self.programs / "redis-server").symlink_to(find_server())
         (self.programs / "nightherd").symlink_to(Path(sys.executable).parent / "nightherd")
         for name in ("postgres", "pg_isready", "initdb"):
             (self.programs / name).symlink_to(postgres_programs() / name)

@@ -133,7 +133,7 @@ def start_redis(socket: Path, *options: str) -> subprocess.Popen[bytes]:
     """Starts a server on a socket and waits until it answers."""
     process = subprocess.Popen(
         [
-            broker._find_server(),
+            broker.find_server(),
             *("--port", "0", "--unixsocket", str(socket), "--dir", str(socket.parent)),
             *("--save", "", "--maxmemory-policy", "noeviction", *options),
         ],

@@ -13,7 +13,7 @@ from models.database import Database
 from tests.acceptance.conftest import DATA, Fleet, write_jsonl
 from tests.conftest import wait_until
 
-TOKENS = "32"
+TOKENS = "64"
 
 
 def _real_inputs(folder: Path) -> list[tuple[Path, list[str], int]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoints import write_text_files
 from tests.commands.invoking import CommandLine, Outcome
 
 
@@ -52,6 +53,17 @@ BAD_FILES: list[tuple[str, str | bytes, tuple[str, ...]]] = [
         '{"prompt": "a", "max_tokens": 2, "min_tokens": 5}\n',
         ("line 1", "min_tokens"),
     ),
+    (
+        "a prompt longer than the context",
+        GOOD + json.dumps({"prompt": "east of the sun " * 1000}),
+        ("line 2", "tokens", "the context of demo, 2,048"),
+    ),
+    (
+        "token ids outside the vocabulary",
+        GOOD + '{"prompt": [5, 2048]}\n',
+        ("line 2", "2048", "vocabulary (0 to 2047)"),
+    ),
+    ("max_tokens beyond the context", '{"prompt": "a", "max_tokens": 2049}', ("line 1", "2,048")),
 ]
 
 
@@ -86,6 +98,9 @@ BAD_OPTIONS: list[tuple[list[str], tuple[str, ...]]] = [
     (["--checkpoint", "no such thing"], ("no such thing",)),
     (["--checkpoint", "./missing"], ("missing",)),
     (["--min-tokens", "9", "--max-tokens", "3"], ("min_tokens", "max_tokens")),
+    (["--max-tokens", "2049"], ("max_tokens 2,049", "context of demo, 2,048")),
+    (["--param", "max_length=5000"], ("max_length 5,000", "context of demo, 2,048")),
+    (["--stop-token-id", "2048"], ("stop_token_ids", "2048", "vocabulary of demo")),
 ]
 
 
@@ -99,6 +114,15 @@ def test_a_bad_option_is_one_line_and_nothing_is_stored(
     path.write_text(GOOD)
     outcome = nightherd("submit", path, *options)
     _fails(outcome, 1 if "--checkpoint" in options else 2, *parts)
+    assert _stored_jobs(nightherd) == 0
+
+
+def test_a_chat_on_a_checkpoint_without_a_template(nightherd: CommandLine, tmp_path: Path) -> None:
+    folder = write_text_files(tmp_path / "base", template=None)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(GOOD + json.dumps({"messages": [{"role": "user", "content": "Hello"}]}))
+    outcome = nightherd("submit", path, "--checkpoint", folder)
+    _fails(outcome, 2, "line 2", "has no chat template", "--chat-template FILE")
     assert _stored_jobs(nightherd) == 0
 
 

@@ -119,6 +119,42 @@ def test_sqlite_is_set_to_lose_nothing(sqlite_database: Database) -> None:
     }
 
 
+def test_a_new_file_is_its_owners_alone(tmp_path: Path) -> None:
+    opened = Database(f"sqlite:///{tmp_path / 'new.db'}")
+    with opened.write() as connection:
+        connection.exec_driver_sql("CREATE TABLE t (x)")
+        modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    opened.close()
+    assert modes == {"new.db": 0o600, "new.db-wal": 0o600, "new.db-shm": 0o600}
+
+
+def test_the_mode_of_a_file_that_is_there_is_its_owners_choice(tmp_path: Path) -> None:
+    path = tmp_path / "shared.db"
+    path.touch(0o660)
+    path.chmod(0o660)
+    opened = Database(f"sqlite:///{path}")
+    opened.now()
+    opened.close()
+    assert path.stat().st_mode & 0o777 == 0o660
+
+
+def test_a_new_file_that_another_process_is_writing_is_waited_for(tmp_path: Path) -> None:
+    """SQLite itself does not wait: the switch to WAL beside a writer fails at once."""
+    path = tmp_path / "new.db"
+    writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    writer.execute("BEGIN IMMEDIATE")
+    writer.execute("CREATE TABLE other (x)")
+    release = threading.Timer(0.3, lambda: writer.execute("COMMIT"))
+    release.start()
+    opened = Database(f"sqlite:///{path}")
+    with opened.read() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
+        assert connection.exec_driver_sql("SELECT count(*) FROM other").scalar_one() == 0
+    opened.close()
+    release.join()
+    writer.close()
+
+
 def test_a_process_that_stands_still_does_not_hold_row_locks(
     postgresql_database: Database,
 ) -> None:

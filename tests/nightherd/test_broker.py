@@ -440,11 +440,11 @@ def test_server_in_path_goes_before_the_wheel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert broker_module._find_server() == broker_module._wheel_server()
+    assert broker_module.find_server() == broker_module._wheel_server()
     (tmp_path / "redis-server").touch(mode=0o755)
-    assert broker_module._find_server() == str(tmp_path / "redis-server")
+    assert broker_module.find_server() == str(tmp_path / "redis-server")
     (tmp_path / "valkey-server").touch(mode=0o755)
-    assert broker_module._find_server() == str(tmp_path / "valkey-server")
+    assert broker_module.find_server() == str(tmp_path / "valkey-server")
 
 
 def test_file_in_place_of_the_data_folder(home: Path, broker: EmbeddedBroker) -> None:

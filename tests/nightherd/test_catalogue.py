@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from nightherd.catalogue import DEMO_PATH, checkpoint_key, hub_name, local_folder
+from nightherd.catalogue import (
+    DEMO_PATH,
+    checkpoint_key,
+    folder_at_hand,
+    hub_cache,
+    hub_name,
+    local_folder,
+)
 from nightherd.errors import CheckpointError
 
 
@@ -77,3 +84,32 @@ def test_what_names_no_checkpoint(
     (tmp_path / "folder").mkdir()
     with pytest.raises(CheckpointError, match=message):
         checkpoint_key(name, revision)
+
+
+def test_where_the_hub_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert hub_cache() == Path.home() / ".cache/huggingface/hub"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert hub_cache() == Path("/cache/huggingface/hub")
+    monkeypatch.setenv("HF_HOME", "/hf")
+    assert hub_cache() == Path("/hf/hub")
+    monkeypatch.setenv("HF_HUB_CACHE", "/hub")
+    assert hub_cache() == Path("/hub")
+
+
+def test_what_is_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    commit = "0123456789" * 4
+    repository = tmp_path / "hub" / "models--org--llama"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    keys = ("org/llama@main", f"org/llama@{commit}", "org/llama@other", "org/none@main")
+    assert [folder_at_hand(key) for key in keys] == [None] * 4
+    (snapshot / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    assert [folder_at_hand(key) for key in keys] == [snapshot, snapshot, None, None]
+    assert folder_at_hand("demo") == DEMO_PATH
+    assert folder_at_hand(str(tmp_path)) is None
+    assert folder_at_hand(str(snapshot)) == snapshot

@@ -143,6 +143,8 @@ def test_max_length_cuts_the_story_off(model: Any, tokenizer: Any) -> None:
         ("Tell me a story about a fox.", "fox"),
         ("Tell me a story about a dragon.", "dragon"),
         ("Tell me a bedtime story about an owl.", "owl"),
+        ("Tell me a story about a lighthouse.", "lighthouse"),
+        ("Tell me a story about a lost key.", "key"),
         ("What is 17 plus 25?", ""),
     ],
 )

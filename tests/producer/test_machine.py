@@ -164,18 +164,6 @@ def test_sqlite_on_a_network_disk(
     assert [found.level for found in machine.check_disk(make_settings())] == ["ok", "note", "ok"]
 
 
-def test_where_the_hub_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    assert machine.hub_cache() == Path.home() / ".cache/huggingface/hub"
-    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert machine.hub_cache() == Path("/cache/huggingface/hub")
-    monkeypatch.setenv("HF_HOME", "/hf")
-    assert machine.hub_cache() == Path("/hf/hub")
-    monkeypatch.setenv("HF_HUB_CACHE", "/hub")
-    assert machine.hub_cache() == Path("/hub")
-
-
 def test_compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

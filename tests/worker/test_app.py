@@ -102,7 +102,7 @@ class Workplace:
 
     def queues(self) -> list[bytes]:
         """The queues in Redis that hold wake-ups."""
-        with broker._client(self.broker, 5.0) as client:
+        with broker.connect(self.broker, 5.0) as client:
             return list(client.keys("nightherd:wake*"))
 
     def wait_for_end(self, job: str) -> None:
