@@ -159,7 +159,7 @@ def chat_story(rng: random.Random) -> tuple[str, Story]:
         _wish_for_thing,
         _wish_for_anything,
     )
-    (wish,) = rng.choices(wishes, (0.16, 0.12, 0.09, 0.12, 0.12, 0.39))
+    (wish,) = rng.choices(wishes, (0.16, 0.12, 0.13, 0.12, 0.2, 0.27))
     about, story = wish(rng)
     about = fill(rng, about, story.words)
     asked = {"t": about, "T": about[0].upper() + about[1:]}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from nightherd.params import SamplingParams
 
@@ -18,6 +18,21 @@ FinishReason = Literal["stop", "length", "error", "aborted"]
 StopCheck = Callable[[int], bool]
 """Fed each new token of one sample, in order; true ends the sample with `stop` (the token is kept
 in the output: who made the check knows what to cut)."""
+
+
+class Grammar(Protocol):
+    """What one sample may say: structured output, token by token. The engine's thread uses it."""
+
+    def fill_mask(self, mask: Any) -> None:
+        """Writes which tokens may come next into a numpy array, int32 [ceil(vocab_size / 32)].
+
+        Bit `i % 32` of word `i // 32` is set where token i may come, an end of sequence included
+        where the output may end. Raises `ValueError` where nothing can go on.
+        """
+
+    def advance(self, token_id: int) -> bool:
+        """Takes in the token that was chosen, but no end of sequence; true where nothing more may
+        follow, which ends the sample with `stop`. Raises `ValueError` if it may not come here."""
 
 
 class TokenLogprob(NamedTuple):
@@ -54,6 +69,8 @@ class EngineRequest:
     """Token sequences whose last token is never chosen after the others."""
     make_stop_check: Callable[[], StopCheck] | None = None
     """Makes one check a sample; None: no stop strings."""
+    make_grammar: Callable[[], Grammar] | None = None
+    """Makes one grammar a sample; None: any token may come."""
     priority: int = 0
     """Higher runs first."""
 

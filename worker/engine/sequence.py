@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from worker.engine.interface import EngineRequest
+from typing import Any
+
+from worker.engine.interface import EngineRequest, Grammar
 
 
 class Sequence:
@@ -13,7 +15,17 @@ class Sequence:
     computed yet, so while it decodes `computed == length - 1`.
     """
 
-    __slots__ = ("block_ids", "chain", "computed", "order", "place", "request", "token_ids")
+    __slots__ = (
+        "block_ids",
+        "chain",
+        "computed",
+        "grammar",
+        "order",
+        "place",
+        "request",
+        "sampling",
+        "token_ids",
+    )
 
     def __init__(self, request: EngineRequest, place: int, order: int) -> None:
         self.request = request
@@ -25,6 +37,9 @@ class Sequence:
         self.computed = 0
         self.block_ids: list[int] = []
         """Its pages of the KV cache: block i holds positions [i * block_size, …)."""
+        self.grammar: Grammar | None = None
+        self.sampling: Any = None
+        """What a model runner keeps for it from step to step."""
         self.chain: list[int] = []
         """What identifies the content up to the end of each of its published blocks."""
 
