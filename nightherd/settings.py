@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
@@ -76,8 +77,33 @@ class Settings(BaseModel):
         default=20_000, ge=1, description="Rows that submit stores in one transaction."
     )
     slots: int = Field(default=4, ge=1, le=64, description="Chunks that a worker has in flight.")
-    max_batch: int = Field(
-        default=32, ge=1, description="Sequences that the plain backend runs at once."
+    engine: Literal["auto", "kernels", "torch", "generate"] = Field(
+        default="auto",
+        description="What generates: the C kernels on a CPU, plain torch, or transformers' "
+        "generate; auto is the fastest that covers the checkpoint.",
+    )
+    max_batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="Sequences that a worker runs at once; by default 128 on a CPU, 256 on a GPU, "
+        "32 with generate.",
+    )
+    token_budget: int | None = Field(
+        default=None,
+        ge=1,
+        description="Rows of one step, at most: those that decode, and prompts beside them; by "
+        "default 256 on a CPU, 2048 on a GPU.",
+    )
+    kv_memory: int | None = Field(
+        default=None,
+        ge=1,
+        description="Memory of the KV cache, as `2GiB`; by default a quarter of what is free and at "
+        "most 4 GiB on a CPU, four fifths of what is free on a GPU.",
+    )
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="Threads of a worker on a CPU; by default the cores that it may use.",
     )
     drain_seconds: float = Field(
         default=20.0,
@@ -93,6 +119,11 @@ class Settings(BaseModel):
         description="Seconds after which Redis hands an unacknowledged wake-up out again.",
     )
     log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR.")
+
+    @field_validator("kv_memory", mode="before")
+    @classmethod
+    def _bytes(cls, value: object) -> object:
+        return parse_size(value) if isinstance(value, str) else value
 
     @field_validator("log_level")
     @classmethod
@@ -140,6 +171,25 @@ class Settings(BaseModel):
             if url.startswith(prefix):
                 return "postgresql+psycopg://" + url.removeprefix(prefix)
         return url
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes, from `2GiB`, `500 MB`, `4g` (which is GiB) or a plain number; raises `ValueError`."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise ValueError("must be a size such as 2GiB or 500MB")
+    number, unit, binary = found.groups()
+    decimal = unit is not None and not binary and found[0].upper().endswith("B")
+    power = " KMGT".index((unit or " ").upper())
+    return int(float(number) * (1000 if decimal else 1024) ** power)
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: they can be made again at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nightherd"
 
 
 def redact_url(url: str) -> str:

@@ -22,6 +22,7 @@ from models.store import submit as store
 from nightherd.errors import InputError, NightherdError, ParameterError, UsageError
 from nightherd.params import SamplingParams, effective_params
 from nightherd.settings import Settings
+from nightherd.structured import check_structure
 from producer.checkpoint_limits import CheckpointLimits, limits_at_hand
 from producer.readers import Row, RowProblem
 from producer.status import serving_workers
@@ -30,7 +31,6 @@ from producer.templates import unstorable
 log = logging.getLogger("nightherd.submit")
 
 SHOWN_PROBLEMS = 20
-NOT_SUPPORTED_YET = ("response_format", "structured_outputs")
 _SPOOL_IN_MEMORY = 16 * 2**20
 _CHECKED_AT_ONCE = 128
 """Rows, which are tokenised together where they may be too long."""
@@ -146,9 +146,7 @@ def _limits(database: Database, settings: Settings, options: JobOptions) -> Chec
 def _effective(row: Mapping[str, Any] | None, job: Mapping[str, Any]) -> SamplingParams:
     """A row's effective parameters; raises `ParameterError` for what no worker could do."""
     params = effective_params(row, job)
-    for name in NOT_SUPPORTED_YET:
-        if getattr(params, name) is not None:
-            raise ParameterError(f"{name} is not supported yet, by no engine of this version")
+    check_structure(params)
     return params
 
 

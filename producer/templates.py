@@ -27,6 +27,7 @@ MAX_CHARS = 10_000_000
 
 _MAX_POWER_BITS = 20_000
 _MAX_NAMES = 20
+_STRUCTURE = ("response_format", "structured_outputs")
 _PRINTED = frozenset((str, int, float, bool, list, tuple, dict))
 
 
@@ -216,6 +217,11 @@ def compile_template(text: str, what: str) -> Template:
     return Template(text, what, compiled, frozenset(names))
 
 
+def _structured(params: Mapping[str, Any]) -> bool:
+    response_format = params.get("response_format") or {"type": "text"}
+    return "structured_outputs" in params or response_format.get("type") != "text"
+
+
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
@@ -246,11 +252,17 @@ class RowBuilder:
     @property
     def default_params(self) -> dict[str, Any]:
         """The task's parameters, a layer below the job's own."""
-        return self.task.params if self.task is not None else {}
+        return dict(self.task.params) if self.task is not None else {}
 
     def job_params(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The job's parameters: those given, then the task's where they do not contradict."""
-        params = {**self.default_params, **given}
+        defaults = self.default_params
+        if any(name in given for name in _STRUCTURE):
+            defaults.pop("structured_outputs", None)
+        params = {**defaults, **given}
+        if "stop" not in given and _structured(params):
+            # Such an output ends by itself, and a stop string beside it would be an error.
+            params.pop("stop", None)
         if "max_tokens" not in given and params.get("min_tokens", 0) > params.get("max_tokens", 0):
             params.pop("max_tokens", None)
         return params

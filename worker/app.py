@@ -25,7 +25,7 @@ from nightherd.errors import CheckpointError, DatabaseError, NightherdError
 from nightherd.log import OncePerState
 from nightherd.params import canonical_json
 from nightherd.queue import queue_name
-from nightherd.settings import Settings
+from nightherd.settings import Settings, cache_folder
 from nightherd.text import TextProcessor
 from producer.database import open_database
 from producer.dispatch import Dispatcher
@@ -60,6 +60,12 @@ class WorkerOptions:
     dtype: str = "auto"
     chat_template: Path | None = None
     only_job: str | None = None
+    kv_memory: int | None = None
+    """Bytes; None: the setting."""
+    context: int | None = None
+    """Prompt and output together, at most; None: the checkpoint's."""
+    threads: int | None = None
+    """None: the setting."""
 
 
 @dataclass(slots=True)
@@ -77,7 +83,8 @@ Loader = Callable[[WorkerOptions, Settings], Loaded]
 def load_checkpoint(options: WorkerOptions, settings: Settings) -> Loaded:
     """Loads text side and model; raises `CheckpointError` in one line."""
     from worker import checkpoint
-    from worker.engine.reference import GenerateEngine
+    from worker.checkpoint.memory import available
+    from worker.engine.build import EngineOptions, build_engine
 
     template = None
     if options.chat_template is not None:
@@ -95,15 +102,35 @@ def load_checkpoint(options: WorkerOptions, settings: Settings) -> Loaded:
     )
     text, model = opened.text, opened.model
     log.info("loaded %s in %.1f s: %s", model.folder, time.monotonic() - started, model.dtype)
-    engine = GenerateEngine(
+    if options.context is not None:
+        text.context_length = min(text.context_length, options.context)
+    engine = build_engine(
         model.model,
         vocab_size=text.vocab_size,
-        max_batch=settings.max_batch,
-        pad_token_id=min(text.eos_token_ids, default=0),
         context_length=text.context_length,
+        device=model.device,
+        available=available(model.device),
+        pad_token_id=min(text.eos_token_ids, default=0),
+        library_folder=_kernel_folder(settings),
+        options=EngineOptions(
+            kind=settings.engine,
+            max_batch=settings.max_batch,
+            budget=settings.token_budget,
+            kv_memory=options.kv_memory or settings.kv_memory,
+            context=options.context,
+            threads=options.threads or settings.threads,
+        ),
     )
     facts = checkpoint.provenance(options.checkpoint_key, text, model, engine.name)
     return Loaded(text, engine, {"id": provenance_id(facts), **facts})
+
+
+def _kernel_folder(settings: Settings) -> Path:
+    """The cache folder, or the data folder where that cannot be written."""
+    folder = cache_folder() / "kernels"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder if os.access(folder, os.W_OK) else settings.home / "kernels"
 
 
 def provenance_id(facts: dict[str, Any]) -> str:

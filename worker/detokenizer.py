@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nightherd.params import SamplingParams
+from nightherd.structured import without_leading_space
 from nightherd.text import TextProcessor
 from worker.engine.interface import Output, PositionLogprobs, TokenLogprob
 
@@ -106,12 +107,12 @@ def finish_text(
     """The final text of a sample, and the stop string that ended it, if one did.
 
     The stop string and what came after it in the last token are cut off; with
-    `include_stop_str_in_output` only the latter.
+    `include_stop_str_in_output` only the latter. Of a choice and of JSON the leading space is cut.
     """
     skip = params.skip_special_tokens
     final = text.decode(token_ids, prompt_tail, skip)
     if not params.stop:
-        return final, None
+        return without_leading_space(params, final), None
     floor = 0
     if params.min_tokens > 1:
         early = text.decode(token_ids[: params.min_tokens - 1], prompt_tail, skip)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from models.store.chunks import Claim, PendingRequest
 from nightherd.errors import ParameterError, RowError
 from nightherd.params import SamplingParams, effective_params, parameter_set, sample_seed
+from nightherd.structured import structure_of
 from nightherd.text import PROMPT_TAIL, TextProcessor
 from worker.detokenizer import StopStringCheck
-from worker.engine.interface import Engine, EngineRequest, StopCheck
+from worker.engine.interface import Engine, EngineRequest, Grammar, StopCheck
+from worker.grammar import GrammarMaker
 
 log = logging.getLogger("nightherd.prepare")
 
@@ -38,6 +40,7 @@ class Preparer:
     def __init__(self, text: TextProcessor, engine: Engine) -> None:
         self._text = text
         self._engine = engine
+        self._grammars = GrammarMaker(text)
 
     def prepare_each(self, claim: Claim, pending: Sequence[PendingRequest]) -> list[Prepared]:
         """`prepare`, and if that breaks on something unforeseen, one by one: never raises."""
@@ -101,6 +104,7 @@ class Preparer:
             return _refused(request, params, len(token_ids), reason)
         try:
             bad_words = self._bad_words(params)
+            make_grammar = self._make_grammar(params)
         except RowError as error:
             return _refused(request, params, len(token_ids), error)
         tail = tuple(token_ids[-PROMPT_TAIL:])
@@ -116,6 +120,7 @@ class Preparer:
             stop_token_ids=frozenset(params.stop_token_ids),
             bad_words=bad_words,
             make_stop_check=self._stop_checks(params, tail),
+            make_grammar=make_grammar,
             priority=claim.priority,
         )
         return Prepared(
@@ -158,6 +163,16 @@ class Preparer:
         spellings = [form for word in params.bad_words for form in (word, f" {word.lstrip()}")]
         encoded = {tuple(self._text.encode(form, add_special_tokens=False)) for form in spellings}
         return tuple(sorted(ids for ids in encoded if ids))
+
+    def _make_grammar(self, params: SamplingParams) -> Callable[[], Grammar] | None:
+        """Raises `RowError` where the structure asked for is none, or none for this tokenizer."""
+        try:
+            structure = structure_of(params)
+            if structure is None:
+                return None
+            return self._grammars.factory(structure, ignore_eos=params.ignore_eos)
+        except ParameterError as error:
+            raise RowError("invalid_request", str(error)) from None
 
     def _stop_checks(
         self, params: SamplingParams, tail: tuple[int, ...]

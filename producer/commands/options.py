@@ -58,11 +58,15 @@ _INPUT_OPTIONS = (
                  help="A system message, a template too; makes each row a chat."),
     click.option("--chat", is_flag=True, help="Send each prompt as a chat's user message."),
     click.option("--task", metavar="NAME",
-                 type=click.Choice(["generate", "summarize", "translate", "answer", "classify"]),
-                 help="A ready-made template: generate, summarize, translate, answer, classify."),
+                 type=click.Choice(
+                     ["generate", "summarize", "translate", "answer", "classify", "extract"]),
+                 help="A ready-made template: generate, summarize, translate, answer, classify, "
+                      "extract."),
     click.option("--task-arg", "task_args", multiple=True, metavar="KEY=VALUE",
                  help="translate: target_language=German (needed), source_language=…"),
     click.option("--labels", metavar="A,B,…", help="The labels of --task classify."),
+    click.option("--schema", metavar="FILE|JSON",
+                 help="The JSON schema of --task extract."),
     click.option("--keep", multiple=True, metavar="COLUMN",
                  help="Keep this column beside the request."),
     click.option("--ignore-unknown", is_flag=True, help="Drop columns that mean nothing here."),
@@ -148,7 +152,7 @@ def do_submit(path: str, options: Mapping[str, Any]) -> tuple[Settings, Database
     from producer.database import open_database
     from producer.readers import Reader, ReadOptions
     from producer.submit import JobOptions, submit
-    from producer.tasks import make_builder, parse_labels, parse_task_args
+    from producer.tasks import make_builder, parse_labels, parse_schema, parse_task_args
 
     settings = load_settings()
     key = checkpoint_key(options["checkpoint"])
@@ -162,6 +166,7 @@ def do_submit(path: str, options: Mapping[str, Any]) -> tuple[Settings, Database
         task=options["task"],
         task_args=parse_task_args(options["task_args"]),
         labels=parse_labels(options["labels"] or ""),
+        schema=None if options["schema"] is None else parse_schema(options["schema"]),
     )
     if builder is not None:
         params = builder.job_params(params)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from nightherd.errors import UsageError
 from producer.tasks.answer import ANSWER
 from producer.tasks.base import Argument, BoundTask, Task
 from producer.tasks.classify import CLASSIFY
+from producer.tasks.extract import EXTRACT
 from producer.tasks.generate import GENERATE
 from producer.tasks.summarize import SUMMARIZE
 from producer.tasks.translate import TRANSLATE
-from producer.templates import RowBuilder, compile_template
+from producer.templates import RowBuilder, compile_template, one_line
 
 __all__ = [
     "TASKS",
@@ -22,11 +26,12 @@ __all__ = [
     "get_task",
     "make_builder",
     "parse_labels",
+    "parse_schema",
     "parse_task_args",
 ]
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (GENERATE, SUMMARIZE, TRANSLATE, ANSWER, CLASSIFY)
+    task.name: task for task in (GENERATE, SUMMARIZE, TRANSLATE, ANSWER, CLASSIFY, EXTRACT)
 }
 
 
@@ -61,6 +66,24 @@ def parse_labels(text: str) -> tuple[str, ...]:
     return tuple(label.strip() for label in text.split(",")) if text.strip() else ()
 
 
+def parse_schema(given: str) -> dict[str, Any]:
+    """A JSON schema from itself or from the file that holds it; raises `UsageError`."""
+    text = given
+    if not given.lstrip().startswith("{"):
+        try:
+            text = Path(given).read_text("utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+            raise UsageError(f"--schema {one_line(given, 100)} cannot be read: {reason}") from None
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--schema {one_line(given, 100)} is not JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise UsageError(f"--schema {one_line(given, 100)} is not a JSON schema: not an object")
+    return schema
+
+
 def make_builder(
     *,
     template: str | None = None,
@@ -69,6 +92,7 @@ def make_builder(
     task: str | None = None,
     task_args: Mapping[str, str] | None = None,
     labels: Sequence[str] = (),
+    schema: Mapping[str, Any] | None = None,
 ) -> RowBuilder | None:
     """The builder for a command's options, None where rows are taken as they are.
 
@@ -78,11 +102,13 @@ def make_builder(
         raise UsageError(f"--task-arg {next(iter(task_args))} has no --task to go to")
     if task is None and labels:
         raise UsageError("--labels has no --task to go to: add --task classify")
+    if task is None and schema is not None:
+        raise UsageError("--schema has no --task to go to: add --task extract")
     if template is None and system is None and not chat and task is None:
         return None
     return RowBuilder(
         template=None if template is None else compile_template(template, "--template"),
         system=None if system is None else compile_template(system, "--system"),
         chat=chat,
-        task=None if task is None else get_task(task).bind(task_args, labels),
+        task=None if task is None else get_task(task).bind(task_args, labels, schema),
     )

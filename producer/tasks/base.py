@@ -7,11 +7,14 @@ is decided by the worker, which knows the checkpoint.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nightherd.errors import UsageError
+from nightherd.errors import ParameterError, UsageError
+from nightherd.params import SamplingParams
+from nightherd.structured import check_structure
 from producer.templates import (
     BadRowError,
     Template,
@@ -36,7 +39,7 @@ class Task:
     """A task that `--task` names.
 
     The templates see the row's text under the first name of `inputs`, the columns of `optional`
-    (null where a row has none), the arguments (null likewise) and `labels`.
+    (null where a row has none), the arguments (null likewise), `labels`, and `schema` as JSON.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Task:
     optional: tuple[str, ...] = ()
     arguments: tuple[Argument, ...] = ()
     takes_labels: bool = False
+    takes_schema: bool = False
     system: str | None = None
     user: str | None = None
     """The chat form's user message; None is the identity: the text is the prompt, as it is."""
@@ -54,16 +58,23 @@ class Task:
     params: Mapping[str, Any] = field(default_factory=dict)
     """Defaults below the job's parameters; they hold for both forms.
 
-    So a stop string here must be one that no sensible chat answer contains: a blank line would
-    end the base form's answer neatly, and cut every chat answer of two paragraphs in half. The
-    label that begins the next example is safe in both.
+    With labels or a schema the output is held to them, and `stop` counts only where the user has
+    taken that off. A stop string here must be one that no sensible chat answer contains: a blank
+    line would end the base form's answer neatly, and cut every chat answer of two paragraphs in
+    half. The label that begins the next example is safe in both.
     """
 
-    def bind(self, args: Mapping[str, str] | None = None, labels: Sequence[str] = ()) -> BoundTask:
+    def bind(
+        self,
+        args: Mapping[str, str] | None = None,
+        labels: Sequence[str] = (),
+        schema: Mapping[str, Any] | None = None,
+    ) -> BoundTask:
         """The task with its arguments; raises `UsageError` naming what is unknown or missing."""
         args = dict(args or {})
         self._check_args(args)
         self._check_labels(labels)
+        self._check_schema(schema)
         for value in (*args.values(), *labels):
             reason = unstorable(value)
             if reason:
@@ -76,6 +87,7 @@ class Task:
             task=self,
             args=args,
             labels=tuple(labels),
+            schema=None if schema is None else dict(schema),
             system=compiled(self.system, "system"),
             user=compiled(self.user, "chat"),
             few_shot=compiled(self.few_shot, "few-shot"),
@@ -118,6 +130,21 @@ class Task:
             if label in labels[:index]:
                 raise UsageError(f"label {label!r} is given twice")
 
+    def _check_schema(self, schema: Mapping[str, Any] | None) -> None:
+        if schema is None:
+            if self.takes_schema:
+                raise UsageError(
+                    f"--task {self.name} needs a JSON schema: --schema FILE, or the schema itself"
+                )
+            return
+        if not self.takes_schema:
+            raise UsageError(f"--task {self.name} takes no schema; --schema is for extract")
+        try:
+            check_structure(SamplingParams(structured_outputs={"json": dict(schema)}))
+        except ParameterError as error:
+            reason = str(error).removeprefix("structured_outputs.json ")
+            raise UsageError(f"--schema {reason}") from None
+
 
 @dataclass(frozen=True, slots=True)
 class BoundTask:
@@ -126,6 +153,7 @@ class BoundTask:
     task: Task
     args: dict[str, str]
     labels: tuple[str, ...]
+    schema: dict[str, Any] | None
     system: Template | None
     user: Template | None
     few_shot: Template | None
@@ -142,7 +170,10 @@ class BoundTask:
             name: list(value) if isinstance(value, tuple) else value
             for name, value in self.task.params.items()
         }
+        if self.schema is not None:
+            params["structured_outputs"] = {"json": self.schema}
         if self.labels:
+            params["structured_outputs"] = {"choice": list(self.labels)}
             # No tokenizer makes more tokens of a text than it has bytes. The rest leaves room
             # for a space before the label and for the stop string behind it.
             stop = max((len(text) for text in params.get("stop", ())), default=0)
@@ -150,12 +181,14 @@ class BoundTask:
         return params
 
     def describe(self) -> dict[str, Any]:
-        """Name, arguments and labels as JSON values."""
+        """Name, arguments, labels and schema as JSON values."""
         described: dict[str, Any] = {"name": self.task.name}
         if self.args:
             described["args"] = self.args
         if self.labels:
             described["labels"] = list(self.labels)
+        if self.schema is not None:
+            described["schema"] = self.schema
         return described
 
     def text_of(self, columns: Mapping[str, Any]) -> str:
@@ -184,6 +217,7 @@ class BoundTask:
         for argument in self.task.arguments:
             values[argument.name] = self.args.get(argument.name)
         values["labels"] = self.labels
+        values["schema"] = json.dumps(self.schema, ensure_ascii=False)
         values[self.task.inputs[0]] = text
         messages = [{"role": "user", "content": self.user.render(values)}]
         if self.system is not None:

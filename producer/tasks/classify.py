@@ -35,6 +35,6 @@ Label: request
 Text: {{ text }}
 Labels: {{ labels | join(', ') }}
 Label:""",
-    # max_tokens comes from the longest label.
+    # max_tokens comes from the longest label, structured_outputs from all of them.
     params={"temperature": 0.0, "stop": ("\nText:",)},
 )

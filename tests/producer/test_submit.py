@@ -179,6 +179,47 @@ def test_a_row_that_contradicts_its_job(
     assert "line 2: min_tokens (9) is greater than max_tokens (5)" in str(error)
 
 
+def test_structures_are_checked_row_by_row_and_stored_as_they_are(
+    sqlite_database: Database, make_settings: MakeSettings
+) -> None:
+    schema = {"properties": {"z": {"type": "null"}, "a": {"type": "null"}}}
+    structure = {"structured_outputs": {"json": schema}}
+    bad = {"structured_outputs": {"json": {"type": "objekt"}}}
+    given = [*rows(1), Row(2, {"prompt": "p"}, structure, None), Row(3, {"prompt": "p"}, bad, None)]
+    error = refused(sqlite_database, make_settings(), given)
+    assert "line 3: structured_outputs.json does not compile: Invalid type: objekt" in str(error)
+    # One of the job, another of a row: sane by themselves, one too many together.
+    error = refused(
+        sqlite_database,
+        make_settings(),
+        given[:2],
+        params={"response_format": {"type": "json_object"}},
+    )
+    assert "line 2: response_format and structured_outputs are both given" in str(error)
+    submit(sqlite_database, make_settings(), given[:2], JobOptions(checkpoint_key=KEY))
+    with sqlite_database.read() as connection:
+        stored = connection.execute(select(Request.params).order_by(Request.index)).scalars().all()
+    assert stored == [None, structure]
+    # The properties come out in this order.
+    assert list(stored[1]["structured_outputs"]["json"]["properties"]) == ["z", "a"]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"structured_outputs": {"regex": "("}},
+        {"response_format": {"type": "json_object"}, "stop": ["x"]},
+    ],
+)
+def test_a_bad_structure_of_the_job(
+    sqlite_database: Database, make_settings: MakeSettings, params: dict[str, Any]
+) -> None:
+    options = JobOptions(checkpoint_key=KEY, params=params)
+    with pytest.raises(ParameterError, match=r"unclosed group|stop would end"):
+        submit(sqlite_database, make_settings(), rows(1), options)
+    assert counts(sqlite_database) == NOTHING
+
+
 def test_a_job_that_contradicts_itself(
     sqlite_database: Database, make_settings: MakeSettings
 ) -> None:

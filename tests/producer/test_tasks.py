@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
-from nightherd.errors import UsageError
+from nightherd.errors import ParameterError, UsageError
 from nightherd.params import effective_params, parse_body, parse_params
-from producer.tasks import TASKS, get_task, make_builder, parse_labels, parse_task_args
+from nightherd.structured import (
+    Structure,
+    check_structure,
+    structure_of,
+    without_leading_space,
+)
+from producer.tasks import (
+    TASKS,
+    get_task,
+    make_builder,
+    parse_labels,
+    parse_schema,
+    parse_task_args,
+)
 from producer.tasks.base import BoundTask
 from producer.templates import BadRowError
+
+SCHEMA = {"type": "object", "properties": {"zeta": {"type": "integer"}, "ä": {}}}
 
 NEEDS: dict[str, dict[str, Any]] = {
     "translate": {"args": {"target_language": "Dutch"}},
     "classify": {"labels": ("good", "bad")},
+    "extract": {"schema": SCHEMA},
 }
 REAL = [name for name in TASKS if name != "generate"]
 
@@ -24,7 +44,7 @@ def bound(name: str) -> BoundTask:
 
 
 def test_the_names() -> None:
-    assert list(TASKS) == ["generate", "summarize", "translate", "answer", "classify"]
+    assert list(TASKS) == ["generate", "summarize", "translate", "answer", "classify", "extract"]
     assert all(task.name == name and task.help.endswith(".") for name, task in TASKS.items())
 
 
@@ -134,12 +154,12 @@ def test_classify_puts_its_labels_in_and_leaves_them_room() -> None:
             {"task": "sumarize"},
             (
                 "no task 'sumarize'; did you mean summarize? "
-                "(tasks: generate, summarize, translate, answer, classify)"
+                "(tasks: generate, summarize, translate, answer, classify, extract)"
             ),
         ),
         (
             {"task": "xyz"},
-            "no task 'xyz' (tasks: generate, summarize, translate, answer, classify)",
+            "no task 'xyz' (tasks: generate, summarize, translate, answer, classify, extract)",
         ),
         (
             {"task": "translate"},
@@ -185,6 +205,19 @@ def test_classify_puts_its_labels_in_and_leaves_them_room() -> None:
             "--task summarize takes no labels; --labels is for classify",
         ),
         ({"labels": ("a", "b")}, "--labels has no --task to go to: add --task classify"),
+        (
+            {"task": "extract"},
+            "--task extract needs a JSON schema: --schema FILE, or the schema itself",
+        ),
+        (
+            {"task": "extract", "schema": {"type": "objekt"}},
+            "--schema does not compile: Invalid type: objekt",
+        ),
+        (
+            {"task": "classify", "labels": ("a", "b"), "schema": {}},
+            "--task classify takes no schema; --schema is for extract",
+        ),
+        ({"schema": {}}, "--schema has no --task to go to: add --task extract"),
         ({"task_args": {"a": "b"}}, "--task-arg a has no --task to go to"),
     ],
 )
@@ -192,6 +225,110 @@ def test_usage(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as error:
         make_builder(**options)
     assert str(error.value) == message
+
+
+def test_classify_holds_the_output_to_its_labels() -> None:
+    made = make_builder(task="classify", labels=("good", "sehr schön"))
+    assert made is not None
+    params = effective_params(made.job_params({}))
+    assert structure_of(params) == Structure(
+        "choice", '["good", "sehr schön"]', "structured_outputs.choice"
+    )
+    # The space that the few-shot form's label begins with is no part of the result.
+    assert without_leading_space(params, " good") == "good"
+
+
+def test_extract_puts_its_schema_in_and_holds_the_output_to_it() -> None:
+    made = make_builder(task="extract", schema=SCHEMA)
+    assert made is not None
+    params = effective_params(made.job_params({}))
+    assert params.structured_outputs == {"json": SCHEMA}
+    assert params.max_tokens == 1024
+    check_structure(params)
+    body = made.from_columns({"text": "T", "instruction": "In metres."})
+    written = json.dumps(SCHEMA, ensure_ascii=False)
+    assert body["prompt"].endswith(
+        f"\n\nText: T\nInstruction: In metres.\nSchema: {written}\nJSON:"
+    )
+    chat = body["messages"][1]["content"]
+    assert "asks for. In metres.\n" in chat
+    assert f"Schema: {written}\n" in chat
+    body = made.from_columns({"text": "T"})
+    assert body["prompt"].endswith(f"\n\nText: T\nSchema: {written}\nJSON:")
+    assert "asks for.\n" in body["messages"][1]["content"]
+    assert made.describe() == {"task": {"name": "extract", "schema": SCHEMA}}
+
+
+def test_the_examples_of_extract_keep_to_their_schemas() -> None:
+    few_shot = TASKS["extract"].few_shot or ""
+    examples = re.findall(r"^Schema: (\{\".*)\nJSON: (.*)$", few_shot, re.MULTILINE)
+    assert len(examples) == 2
+    for schema, answer in examples:
+        Draft202012Validator(json.loads(schema)).validate(json.loads(answer))
+
+
+@pytest.mark.parametrize("name", ["classify", "extract"])
+@pytest.mark.parametrize(
+    ("given", "structured"),
+    [
+        ({}, True),
+        ({"structured_outputs": {"regex": "a"}}, True),
+        ({"response_format": {"type": "json_object"}}, True),
+        ({"response_format": {"type": "text"}}, False),
+    ],
+)
+def test_the_users_structure_goes_before_the_tasks(
+    name: str, given: dict[str, Any], structured: bool
+) -> None:
+    made = make_builder(task=name, **NEEDS[name])
+    assert made is not None
+    params = made.job_params(given)
+    assert ("structured_outputs" in params) == (not given or "structured_outputs" in given)
+    assert {**params, **given} == params
+    # A stop string counts only where nothing else ends the few-shot form.
+    assert ("stop" in params) != structured
+    check_structure(effective_params(params))
+
+
+def test_a_stop_string_of_the_user_is_not_dropped_in_silence() -> None:
+    made = make_builder(task="classify", labels=("a", "b"))
+    assert made is not None
+    with pytest.raises(ParameterError, match="stop would end the output"):
+        check_structure(effective_params(made.job_params({"stop": ["x"]})))
+
+
+def test_a_schema_is_a_file_or_itself(tmp_path: Path) -> None:
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(SCHEMA, indent=2))
+    for given in (str(path), json.dumps(SCHEMA), f"\n {json.dumps(SCHEMA)}"):
+        schema = parse_schema(given)
+        assert schema == SCHEMA
+        assert list(schema["properties"]) == ["zeta", "ä"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b"\xff", "cannot be read: it is no text in UTF-8"),
+        (b"{", "is not JSON: Expecting property name"),
+        (b"[1]", "is not a JSON schema: not an object"),
+        (b"", "is not JSON: Expecting value"),
+    ],
+)
+def test_a_bad_schema_file(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "schema.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError) as error:
+        parse_schema(str(path))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_bad_schema_on_the_command_line() -> None:
+    with pytest.raises(UsageError, match=r"^--schema {'a': 1} is not JSON: Expecting property"):
+        parse_schema("{'a': 1}")
 
 
 def test_task_args() -> None:

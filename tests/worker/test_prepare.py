@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nightherd.params import sample_seed
@@ -190,3 +191,55 @@ def test_the_jobs_priority_goes_with_its_requests() -> None:
     request = _one(priority=5).engine_request
     assert request is not None
     assert request.priority == 5
+
+
+def test_a_structure_becomes_a_grammar_for_each_sample() -> None:
+    text = byte_text()
+    prepared = _one(samples=(0, 1), text=text, params={"structured_outputs": {"choice": ["a"]}})
+    assert prepared.engine_request is not None
+    make = prepared.engine_request.make_grammar
+    assert make is not None
+    first, second = make(), make()
+    (letter,) = text.encode("a", False)
+    assert first.advance(letter)
+    assert second.advance(letter)
+    with pytest.raises(ValueError, match="cannot go on"):
+        make().advance(text.encode("b", False)[0])
+
+
+@pytest.mark.parametrize("params", [{}, {"response_format": {"type": "text"}}])
+def test_without_a_structure_there_is_no_grammar(params: dict[str, Any]) -> None:
+    request = _one(params=params).engine_request
+    assert request is not None
+    assert request.make_grammar is None
+
+
+def test_a_structure_that_is_none_fails_its_row_alone() -> None:
+    prepared = _prepare(
+        a_request(0, "x", params={"structured_outputs": {"regex": "("}}),
+        a_request(1, "x", params={"structured_outputs": {"grammar": "start: <|nothere|>"}}),
+        a_request(2, "x", params={"response_format": {"type": "json_object"}, "stop": ["x"]}),
+        a_request(3, "x", params={"response_format": {"type": "json_object"}}),
+    )
+    assert [_code(one) for one in prepared] == [*["invalid_request"] * 3, None]
+    messages = [str(one.error) for one in prepared]
+    assert "unclosed group" in messages[0]
+    # Only the tokenizer tells which special tokens there are.
+    assert "nothere" in messages[1]
+    assert "stop would end" in messages[2]
+    assert all("\n" not in message for message in messages)
+
+
+def test_ignore_eos_reaches_the_grammar() -> None:
+    text = byte_text()
+    ends = []
+    for ignore_eos in (False, True):
+        params = {"structured_outputs": {"regex": "a*"}, "ignore_eos": ignore_eos}
+        request = _one(text=text, params=params).engine_request
+        assert request is not None
+        assert request.make_grammar is not None
+        mask = np.zeros(-(-text.vocab_size // 32), dtype=np.int32)
+        request.make_grammar().fill_mask(mask)
+        (end,) = text.eos_token_ids
+        ends.append(bool(mask[end // 32] >> end % 32 & 1))
+    assert ends == [True, False]

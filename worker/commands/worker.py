@@ -5,12 +5,26 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
     from nightherd.settings import Settings
+
+
+class SizeOption(click.ParamType[int]):
+    """Bytes, as `2GiB`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from nightherd.settings import parse_size
+
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except ValueError as error:
+            self.fail(f"{value!r}: it {error}", param, ctx)
 
 
 @click.command()
@@ -38,6 +52,15 @@ if TYPE_CHECKING:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A Jinja file to use instead of the checkpoint's chat template.",
 )
+@click.option(
+    "--kv-memory", type=SizeOption(), help="Memory of the KV cache, as 2GiB; a setting too."
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    help="Prompt and output together, at most, where less than the checkpoint's is enough.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads, on a CPU; a setting too.")
 @click.option("--only-job", metavar="JOB", help="Work on this job alone; exit when it has ended.")
 def worker(
     checkpoint: str,
@@ -45,6 +68,9 @@ def worker(
     dtype: str,
     serve_as: tuple[str, ...],
     chat_template: Path | None,
+    kv_memory: int | None,
+    context: int | None,
+    threads: int | None,
     only_job: str | None,
 ) -> None:
     """Serve a checkpoint: claim chunks of its jobs and generate, until told to stop.
@@ -78,6 +104,9 @@ def worker(
             dtype=dtype,
             chat_template=chat_template,
             only_job=only_job,
+            kv_memory=kv_memory,
+            context=context,
+            threads=threads,
         ),
         settings,
     )

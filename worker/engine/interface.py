@@ -6,8 +6,9 @@ raise. A request that cannot be run fails alone, by an `Output` with an error.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -117,6 +118,13 @@ class Generation:
         self.request = request
         self.futures: tuple[Future[Output], ...] = tuple(Future() for _ in request.seeds)
         self.aborted = False
+
+
+def answer(future: Future[Output], output: Output) -> None:
+    """Sets a sample's terminal answer, unless it has one: the first counts, from any thread."""
+    if not future.done():
+        with contextlib.suppress(InvalidStateError):  # another thread was faster
+            future.set_result(output)
 
 
 class Engine(Protocol):

@@ -34,8 +34,10 @@ from worker.engine.interface import (
     Generation,
     Output,
     PositionLogprobs,
+    answer,
 )
-from worker.engine.reference_logits import BatchLogits, Row, answer
+from worker.engine.reference_logits import BatchLogits, Row
+from worker.engine.requests import one_line, out_of_memory, problem_of
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +137,12 @@ class GenerateEngine:
             # From here on nobody can cancel it: abort is the way.
             future.set_running_or_notify_cancel()
         rows = [Row(generation, sample) for sample in range(len(generation.futures))]
-        problem = self._problem(request)
+        name = self.unsupported(request.params)
+        problem: tuple[str, str] | None
+        if name is not None:
+            problem = "unsupported_parameter", f"{name} is not supported by the {self.name} engine"
+        else:
+            problem = problem_of(request, self._vocab_size, self._context_length)
         if problem is not None:
             for row in rows:
                 row.fail(*problem)
@@ -192,41 +199,6 @@ class GenerateEngine:
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout)
 
-    # In add.
-
-    def _problem(self, request: EngineRequest) -> tuple[str, str] | None:
-        """`(code, message)` of why a request cannot run, None if it can."""
-        name = self.unsupported(request.params)
-        if name is not None:
-            return "unsupported_parameter", f"{name} is not supported by the {self.name} engine"
-        prompt = request.prompt_token_ids
-        if not prompt:
-            return "invalid_request", "the prompt is empty"
-        if request.max_new_tokens < 1:
-            return "invalid_request", f"max_tokens must be at least 1, got {request.max_new_tokens}"
-        if len(prompt) + request.max_new_tokens > self._context_length:
-            return "context_length_exceeded", (
-                f"{len(prompt)} prompt tokens and {request.max_new_tokens} to generate do not fit "
-                f"into the context of {self._context_length}"
-            )
-        if any(not word for word in request.bad_words):
-            return "invalid_request", "a bad word has no tokens"
-        params = request.params
-        for what, ids in (
-            ("prompt", prompt),
-            ("logit_bias", tuple(params.logit_bias)),
-            ("allowed_token_ids", params.allowed_token_ids or ()),
-            ("bad_words", tuple(itertools.chain(*request.bad_words))),
-            ("stop_token_ids", tuple(request.stop_token_ids)),
-        ):
-            for token in ids:
-                if not 0 <= token < self._vocab_size:
-                    return "invalid_request", (
-                        f"{what} has the token id {token}, which is not in the vocabulary "
-                        f"(0 to {self._vocab_size - 1})"
-                    )
-        return None
-
     # In the engine's thread.
 
     def _loop(self) -> None:
@@ -240,7 +212,7 @@ class GenerateEngine:
                 # A mistake of ours outside of `generate`; the rest of the work still deserves it.
                 logger.exception("the engine failed outside of a step")
                 for row in rows:
-                    row.fail("engine_error", _one_line(error))
+                    row.fail("engine_error", one_line(error))
             finally:
                 # None is left but when told to stop, or without a device.
                 for row in rows:
@@ -321,13 +293,9 @@ class GenerateEngine:
             if all(row.done for row in rows):
                 return None
             return "engine_error", "generate ended before its samples"
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            failure = "out_of_memory", _one_line(error)
         except Exception as error:  # whatever model, kernels and driver raise
-            text = _one_line(error)
-            # torch's allocator for the CPU raises a plain RuntimeError.
-            memory = "can't allocate memory" in text or "not enough memory" in text
-            failure = "out_of_memory" if memory else "engine_error", text
+            code = "out_of_memory" if out_of_memory(error) else "engine_error"
+            failure = code, one_line(error)
         # The traceback that held the batch's tensors is gone by now.
         if failure[0] == "out_of_memory":
             gc.collect()
@@ -339,7 +307,7 @@ class GenerateEngine:
         try:
             row.restart()
         except Exception as error:  # the caller's factory of stop checks
-            row.fail("engine_error", _one_line(error))
+            row.fail("engine_error", one_line(error))
             return False
         row.started = row.started or time.monotonic()
         self._prompt_tokens += len(row.request.prompt_token_ids)
@@ -382,7 +350,7 @@ class GenerateEngine:
         try:
             stopped = row.check is not None and row.check(token)
         except Exception as error:  # the caller's stop check
-            row.fail("engine_error", _one_line(error))
+            row.fail("engine_error", one_line(error))
             return
         if stopped:
             row.finish("stop")
@@ -412,7 +380,3 @@ class GenerateEngine:
             self._waiting.clear()
         for row in (*rows, *self._running):
             row.abort()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

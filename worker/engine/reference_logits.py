@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
@@ -30,6 +30,7 @@ from worker.engine.interface import (
     PositionLogprobs,
     StopCheck,
     TokenLogprob,
+    answer,
 )
 from worker.engine.noise import gumbel_noise, noise_key
 
@@ -96,15 +97,6 @@ class Row:
             self.future,
             Output((), "aborted", started=self.started, finished=time.monotonic()),
         )
-
-
-def answer(future: Future[Output], output: Output) -> None:
-    """Sets a sample's terminal answer, unless it has one: the first counts, from any thread."""
-    if not future.done():
-        try:
-            future.set_result(output)
-        except InvalidStateError:
-            pass  # Another thread was faster.
 
 
 _Key = TypeVar("_Key", bound=Hashable)

@@ -42,5 +42,8 @@ class ModelRunner(Protocol):
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended: what is kept for it can go."""
 
+    def lost(self) -> bool:
+        """After a step that failed: whether the device can do nothing more."""
+
     def close(self) -> None:
         """Frees what the model holds."""

@@ -91,9 +91,9 @@ class Scheduler:
         for sequence in list(self.running):
             if budget == 0:
                 break
-            if sequence not in self.running:
+            if self.preemptions != preempted and sequence not in self.running:
                 continue  # preempted a moment ago
-            count = min(sequence.pending, budget)
+            count = min(len(sequence.token_ids) - sequence.computed, budget)
             if self._make_room(sequence, sequence.computed + count):
                 budget -= count
                 self._put(plan, sequence, count)
@@ -103,10 +103,14 @@ class Scheduler:
 
     def _put(self, plan: Plan, sequence: Sequence, count: int) -> None:
         plan.spans.append(Span(sequence, sequence.computed, count))
-        self.blocks.publish(sequence, sequence.computed + count)
+        end = sequence.computed + count
+        if end // self.blocks.block_size > len(sequence.chain):
+            self.blocks.publish(sequence, end)
 
     def _make_room(self, sequence: Sequence, length: int) -> bool:
         """Blocks for a running sequence, if need be at the expense of the newest ones."""
+        if length <= len(sequence.block_ids) * self.blocks.block_size:
+            return True
         while not self.blocks.extend(sequence, length):
             victim = self.running[-1]
             self._preempt(victim)
@@ -150,6 +154,14 @@ class Scheduler:
             self.add(sequence)
         self.running = []
         self.blocks.forget_all()
+
+    def drain(self) -> list[Sequence]:
+        """Takes all sequences out, best rank first; running ones lose what they have computed."""
+        for sequence in self.running:
+            self.blocks.release(sequence)
+        taken = [*self.running, *(sequence for _, sequence in self._waiting)]
+        self.running, self._waiting = [], []
+        return sorted(taken, key=lambda sequence: sequence.rank)
 
     def check(self) -> None:
         """`BlockManager.check`, and what holds between steps. For tests."""

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.checkpoints import tiny_llama
 from tests.engines import VOCAB, Faulty
+from worker.engine.block_manager import BlockManager
+from worker.engine.cpu_runner import CpuRunner
+from worker.engine.engine import BatchEngine
 from worker.engine.reference import GenerateEngine
+from worker.engine.runner import ModelRunner
+from worker.engine.scheduler import Scheduler
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +25,14 @@ def model() -> Any:
 
 
 @pytest.fixture
-def engines(model: Any) -> Iterator[Callable[..., GenerateEngine]]:
+def engines(
+    generate_engines: Callable[..., GenerateEngine],
+) -> Callable[..., GenerateEngine]:
+    return generate_engines
+
+
+@pytest.fixture
+def generate_engines(model: Any) -> Iterator[Callable[..., GenerateEngine]]:
     """Makes started engines on the shared model, and stops them at the end."""
     made: list[GenerateEngine] = []
 
@@ -33,6 +47,53 @@ def engines(model: Any) -> Iterator[Callable[..., GenerateEngine]]:
                 **given,
             }
         )
+        made.append(engine)
+        if start:
+            engine.start()
+        return engine
+
+    yield make
+    for engine in made:
+        engine.stop(timeout=20)
+        assert engine._thread is None or not engine._thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the C kernels of this session lie."""
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def batch_engines(model: Any, kernels: Path) -> Iterator[Callable[..., BatchEngine]]:
+    """Makes started engines of our own, on copies of the model, and stops them at the end."""
+    made: list[BatchEngine] = []
+
+    def make(
+        start: bool = True,
+        *,
+        model: Any = model,
+        vocab_size: int = VOCAB,
+        max_batch: int = 32,
+        budget: int = 64,
+        blocks: int = 128,
+        threads: int = 2,
+        prefix_cache: bool = True,
+        runner: Callable[..., ModelRunner] = CpuRunner,
+        **_: Any,
+    ) -> BatchEngine:
+        loaded = runner(
+            copy.deepcopy(model),
+            vocab_size=vocab_size,
+            num_blocks=blocks,
+            max_rows=budget,
+            max_sequences=max_batch,
+            threads=threads,
+            library_folder=kernels,
+        )
+        manager = BlockManager(blocks, loaded.block_size, prefix_cache=prefix_cache)
+        scheduler = Scheduler(manager, max_sequences=max_batch, budget=max(budget, max_batch))
+        engine = BatchEngine(loaded, scheduler, 256)
         made.append(engine)
         if start:
             engine.start()

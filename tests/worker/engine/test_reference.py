@@ -1,4 +1,4 @@
-"""The tokens that the reference engine chooses, against transformers alone and by hand."""
+"""The tokens that the engines choose, against transformers alone and by hand."""
 
 from __future__ import annotations
 
@@ -17,10 +17,17 @@ from tests.checkpoints import tiny_llama, write_text_files
 from tests.engines import PROMPTS, VOCAB, ask, tokens, wait
 from worker.detokenizer import StopStringCheck, to_result
 from worker.engine.interface import Engine, Generation
-from worker.engine.reference import GenerateEngine
 from worker.engine.reference_logits import BatchLogits, Row
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["generate", "kernels"])
+def engines(request: pytest.FixtureRequest) -> Callable[..., Engine]:
+    """Both engines in turn: they must choose the same tokens."""
+    name = "batch_engines" if request.param == "kernels" else "generate_engines"
+    made: Callable[..., Engine] = request.getfixturevalue(name)
+    return made
 
 
 def plain(model: Any, prompt: Sequence[int], count: int, **given: Any) -> tuple[int, ...]:
@@ -36,12 +43,12 @@ def plain(model: Any, prompt: Sequence[int], count: int, **given: Any) -> tuple[
     return tuple(out[0, len(prompt) :].tolist())
 
 
-def test_it_is_an_engine(engine: GenerateEngine) -> None:
+def test_it_is_an_engine(engine: Engine) -> None:
     typed: Engine = engine
-    assert typed.name == "generate"
+    assert typed.name in ("generate", "kernels")
 
 
-def test_greedy_is_transformers_greedy(model: Any, engines: Callable[..., GenerateEngine]) -> None:
+def test_greedy_is_transformers_greedy(model: Any, engines: Callable[..., Engine]) -> None:
     """Unbatched there, in one left-padded batch here."""
     engine = engines(vocab_size=512)
     wanted = [plain(model, prompt, 32) for prompt in PROMPTS]
@@ -77,7 +84,7 @@ def test_a_wrong_model_would_be_seen(model: Any, monkeypatch: pytest.MonkeyPatch
 
 
 def test_penalties_and_bad_words_are_those_of_transformers(
-    model: Any, engines: Callable[..., GenerateEngine]
+    model: Any, engines: Callable[..., Engine]
 ) -> None:
     engine = engines(vocab_size=512)
     prompt = PROMPTS[1]
@@ -130,7 +137,7 @@ MIXED: list[dict[str, Any]] = [
 ]
 
 
-def test_each_row_has_its_own_parameters_whatever_the_company(engine: GenerateEngine) -> None:
+def test_each_row_has_its_own_parameters_whatever_the_company(engine: Engine) -> None:
     requests = [ask(PROMPTS[place % len(PROMPTS)], **given) for place, given in enumerate(MIXED)]
     together = tokens(engine, *requests)
     alone = [tokens(engine, request)[0] for request in requests]
@@ -142,7 +149,7 @@ def test_each_row_has_its_own_parameters_whatever_the_company(engine: GenerateEn
     assert 5 not in together[12]
 
 
-def test_seeds_decide(engine: GenerateEngine) -> None:
+def test_seeds_decide(engine: Engine) -> None:
     first, second, other = tokens(
         engine,
         ask(temperature=1.0, seeds=(11,)),
@@ -152,7 +159,7 @@ def test_seeds_decide(engine: GenerateEngine) -> None:
     assert first == second != other
 
 
-def test_samples_of_a_request_are_as_requests_of_their_seeds(engine: GenerateEngine) -> None:
+def test_samples_of_a_request_are_as_requests_of_their_seeds(engine: Engine) -> None:
     seeds = (4, 5, 6)
     generation = engine.add(ask(temperature=1.0, seeds=seeds))
     outputs = [future.result(20).token_ids for future in generation.futures]
@@ -160,7 +167,7 @@ def test_samples_of_a_request_are_as_requests_of_their_seeds(engine: GenerateEng
     assert len(set(outputs)) == 3
 
 
-def test_presence_and_frequency_count_generated_tokens_alone(engine: GenerateEngine) -> None:
+def test_presence_and_frequency_count_generated_tokens_alone(engine: Engine) -> None:
     """Checked against logits from log-probabilities: token by token, by hand."""
     prompt = PROMPTS[3]
     presence, frequency = 0.8, 0.6
@@ -190,18 +197,18 @@ def test_presence_and_frequency_count_generated_tokens_alone(engine: GenerateEng
     assert max(seen.count(token) for token in seen) > 1
 
 
-def test_padded_ids_are_never_chosen(model: Any, engines: Callable[..., GenerateEngine]) -> None:
+def test_padded_ids_are_never_chosen(model: Any, engines: Callable[..., Engine]) -> None:
     few = engines(vocab_size=40)
     for row in tokens(few, ask(PROMPTS[0]), *[ask(PROMPTS[0], temperature=50.0)] * 8):
         assert max(row) < 40
 
 
-def test_a_temperature_too_small_to_divide_by_is_greedy(engine: GenerateEngine) -> None:
+def test_a_temperature_too_small_to_divide_by_is_greedy(engine: Engine) -> None:
     tiny, greedy = tokens(engine, ask(temperature=1e-40), ask())
     assert tiny == greedy
 
 
-def test_ends(engine: GenerateEngine) -> None:
+def test_ends(engine: Engine) -> None:
     (free,) = tokens(engine, ask())
     place = next(i for i in range(3, 12) if free[i] not in free[:i])
     end = frozenset([free[place]])
@@ -227,7 +234,7 @@ def test_ends(engine: GenerateEngine) -> None:
 
 
 def test_an_end_that_the_vocabulary_lacks_never_comes(
-    engines: Callable[..., GenerateEngine],
+    engines: Callable[..., Engine],
 ) -> None:
     engine = engines(pad_token_id=128_009)
     far = ask(eos_token_ids=frozenset([128_009]), min_tokens=4)
@@ -235,7 +242,7 @@ def test_an_end_that_the_vocabulary_lacks_never_comes(
 
 
 def test_stop_strings_end_samples_in_their_middle(
-    engines: Callable[..., GenerateEngine], tmp_path: Path
+    engines: Callable[..., Engine], tmp_path: Path
 ) -> None:
     """The engine, the checks and the final texts together."""
     text = TextProcessor.load(write_text_files(tmp_path))
@@ -266,7 +273,7 @@ def test_stop_strings_end_samples_in_their_middle(
             assert result.stop_reason == stop
 
 
-def test_a_stop_check_is_fed_every_token_and_ends(engine: GenerateEngine) -> None:
+def test_a_stop_check_is_fed_every_token_and_ends(engine: Engine) -> None:
     fed: list[list[int]] = []
 
     def make() -> Callable[[int], bool]:
@@ -290,7 +297,7 @@ def test_a_stop_check_is_fed_every_token_and_ends(engine: GenerateEngine) -> Non
         )
 
 
-def test_logprobs(model: Any, engine: GenerateEngine) -> None:
+def test_logprobs(model: Any, engine: Engine) -> None:
     output = wait(engine.add(ask(temperature=1.0, logprobs=5, top_k=3, repetition_penalty=1.3)))
     assert output.logprobs is not None
     ids = torch.tensor([[*PROMPTS[1], *output.token_ids]])
@@ -311,7 +318,7 @@ def test_logprobs(model: Any, engine: GenerateEngine) -> None:
     assert [position.top for position in zero.logprobs] == [()] * 12
 
 
-def test_logprobs_are_a_distribution(engines: Callable[..., GenerateEngine]) -> None:
+def test_logprobs_are_a_distribution(engines: Callable[..., Engine]) -> None:
     few = engines(vocab_size=20)
     output = wait(few.add(ask((3, 4), logprobs=20, temperature=0.5, allowed_token_ids=[1, 2])))
     assert output.logprobs is not None

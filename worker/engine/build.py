@@ -1,0 +1,189 @@
+"""Which engine a model gets, and how much of the machine it may use."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from nightherd.errors import CheckpointError
+from worker.engine.block_manager import BlockManager
+from worker.engine.cpu_library import BLOCK, LibraryError
+from worker.engine.engine import BatchEngine
+from worker.engine.interface import Engine
+from worker.engine.runner import ModelRunner
+from worker.engine.scheduler import Scheduler
+from worker.engine.weights import Shape, UnsupportedModelError, embedding, shape_of
+
+log = logging.getLogger("nightherd.engine")
+
+EngineKind = Literal["auto", "kernels", "torch", "generate"]
+
+_CPU_SHARE, _CPU_MOST = 0.25, 4 << 30
+"""Of what is available, for the KV cache, so that several workers on one machine live."""
+_CUDA_SHARE = 0.8
+_CPU_SEQUENCES, _CUDA_SEQUENCES, _PLAIN_SEQUENCES = 128, 256, 32
+_CPU_BUDGET, _CUDA_BUDGET = 256, 2048
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What a user may set; None is what suits the device."""
+
+    kind: EngineKind = "auto"
+    max_batch: int | None = None
+    """Sequences that run at once."""
+    budget: int | None = None
+    """Rows of a step, at most."""
+    kv_memory: int | None = None
+    """Bytes of the KV cache."""
+    context: int | None = None
+    """Prompt and output together, at most; the checkpoint's own where that is less."""
+    threads: int | None = None
+    """Of the CPU."""
+    prefix_cache: bool = True
+
+
+def build_engine(
+    model: Any,
+    *,
+    vocab_size: int,
+    context_length: int,
+    device: torch.device,
+    available: int,
+    pad_token_id: int = 0,
+    library_folder: Path,
+    options: EngineOptions | None = None,
+) -> Engine:
+    """The fastest engine that covers a transformers model; the model is the engine's from then on.
+
+    `vocab_size` is the tokenizer's, `available` the free bytes of the device now that the model is
+    loaded. Raises `CheckpointError` where one sequence as long as the context that was asked for
+    does not fit into the KV cache, or where the kind that was asked for cannot be had.
+    """
+    options = options or EngineOptions()
+    context = min(context_length, options.context or context_length)
+    if options.kind != "generate":
+        try:
+            return _batch_engine(
+                model, vocab_size, context, device, available, library_folder, options
+            )
+        except UnsupportedModelError as error:
+            if options.kind != "auto":
+                raise CheckpointError(
+                    f"the engine does not cover this checkpoint: {error}; set NIGHTHERD_ENGINE=auto"
+                ) from None
+            log.warning(
+                "the engine does not cover this checkpoint (%s): transformers' generate runs it, "
+                "at a tenth of the speed",
+                error,
+            )
+    from worker.engine.reference import GenerateEngine
+
+    return GenerateEngine(
+        model,
+        vocab_size=vocab_size,
+        max_batch=options.max_batch or _PLAIN_SEQUENCES,
+        pad_token_id=pad_token_id,
+        context_length=context,
+    )
+
+
+def _batch_engine(
+    model: Any,
+    vocab_size: int,
+    context: int,
+    device: torch.device,
+    available: int,
+    library_folder: Path,
+    options: EngineOptions,
+) -> BatchEngine:
+    shape = shape_of(model)
+    dtype = embedding(model).dtype
+    on_cpu = device.type == "cpu"
+    sequences = options.max_batch or (_CPU_SEQUENCES if on_cpu else _CUDA_SEQUENCES)
+    budget = max(sequences, options.budget or (_CPU_BUDGET if on_cpu else _CUDA_BUDGET))
+    blocks = _blocks(shape, dtype, context, sequences, on_cpu, available, options)
+    threads = options.threads or len(os.sched_getaffinity(0))
+    runner: ModelRunner | None = None
+    if on_cpu and options.kind in ("auto", "kernels"):
+        from worker.engine.cpu_runner import CpuRunner
+
+        try:
+            runner = CpuRunner(
+                model,
+                vocab_size=vocab_size,
+                num_blocks=blocks,
+                max_rows=budget,
+                max_sequences=sequences,
+                threads=threads,
+                library_folder=library_folder,
+            )
+        except (LibraryError, UnsupportedModelError) as error:
+            if options.kind == "kernels":
+                raise CheckpointError(f"the kernels cannot be used: {error}") from None
+            log.warning(
+                "the C kernels cannot be used (%s): plain torch computes, at a third of the speed; "
+                "nightherd doctor says what is missing",
+                error,
+            )
+    if runner is None:
+        from worker.engine.torch_runner import TorchRunner
+
+        if on_cpu:
+            torch.set_num_threads(threads)
+        runner = TorchRunner(model, vocab_size=vocab_size, num_blocks=blocks, block_size=BLOCK)
+    manager = BlockManager(blocks, runner.block_size, prefix_cache=options.prefix_cache)
+    log.info(
+        "engine %s: a KV cache of %s tokens, %d sequences at once, %d rows a step%s",
+        runner.name,
+        f"{blocks * runner.block_size:,}",
+        sequences,
+        budget,
+        f", {threads} threads" if on_cpu else "",
+    )
+    scheduler = Scheduler(manager, max_sequences=sequences, budget=budget)
+    return BatchEngine(runner, scheduler, context)
+
+
+def _blocks(
+    shape: Shape,
+    dtype: torch.dtype,
+    context: int,
+    sequences: int,
+    on_cpu: bool,
+    available: int,
+    options: EngineOptions,
+) -> int:
+    """Blocks of the KV cache; what does not fit is said."""
+    size = 2 * shape.layers * shape.kv_width * BLOCK * dtype.itemsize
+    memory = options.kv_memory
+    if memory is None:
+        memory = (
+            min(int(_CPU_SHARE * available), _CPU_MOST) if on_cpu else int(_CUDA_SHARE * available)
+        )
+    whole = -(-context // BLOCK)
+    blocks = min(memory // size, sequences * whole)
+    if blocks < 1 or (options.context is not None and blocks < whole):
+        raise CheckpointError(
+            f"a KV cache of {_size(memory)} holds {blocks * BLOCK:,} tokens, and one sequence of "
+            f"{context:,} takes {_size(whole * size)}; give more with --kv-memory, or a smaller "
+            "--context"
+        )
+    if blocks < whole:
+        log.warning(
+            "the KV cache of %s holds %s tokens, fewer than the checkpoint's context of %s: "
+            "requests beyond that fail; --kv-memory gives more",
+            _size(memory),
+            f"{blocks * BLOCK:,}",
+            f"{context:,}",
+        )
+    return int(blocks)
+
+
+def _size(count: float) -> str:
+    return f"{count / (1 << 30):.2f} GiB" if count >= 1 << 28 else f"{count / (1 << 20):.1f} MiB"

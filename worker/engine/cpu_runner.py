@@ -1,0 +1,272 @@
+"""The model on a CPU, by the C kernels: weights packed once, one call a step."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from worker.engine import weights
+from worker.engine.cpu_library import (
+    BLOCK,
+    PANEL,
+    Layer,
+    Model,
+    Step,
+    load_library,
+)
+from worker.engine.cpu_sampling import SamplingTable, chosen_rows, read_choices
+from worker.engine.runner import Choices
+from worker.engine.scheduler import Plan
+from worker.engine.sequence import Sequence
+from worker.engine.weights import LayerWeights, Shape, UnsupportedModelError
+
+MAX_HEAD_DIM = 256
+
+
+def check_shape(shape: Shape, dtype: torch.dtype) -> None:
+    """Raises `UnsupportedModelError` where the kernels do not cover a model."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise UnsupportedModelError(f"the kernels do not compute in {dtype}")
+    if shape.head_dim % 16 or shape.head_dim > MAX_HEAD_DIM:
+        raise UnsupportedModelError(f"its heads are of {shape.head_dim}, not of 16, 32, … 256")
+    if shape.hidden % 16:
+        raise UnsupportedModelError(f"its width, {shape.hidden}, is no multiple of 16")
+
+
+def block_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    """Bytes of one block of the KV cache, all layers together."""
+    return 2 * shape.layers * shape.kv_width * BLOCK * dtype.itemsize
+
+
+class CpuRunner:
+    """A `ModelRunner` on the C kernels. It takes the weights out of the transformers model."""
+
+    name = "kernels"
+    block_size = BLOCK
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        vocab_size: int,
+        num_blocks: int,
+        max_rows: int,
+        max_sequences: int,
+        threads: int,
+        library_folder: Path,
+    ) -> None:
+        """`max_rows` and `max_sequences`: of one step. Raises `UnsupportedModelError` and
+        `LibraryError`, both before the model is touched."""
+        self.shape = weights.shape_of(model)
+        dtype = weights.embedding(model).dtype
+        check_shape(self.shape, dtype)
+        self._library = load_library(library_folder)
+        self._dtype = dtype
+        self.num_blocks = num_blocks
+        self.vocab_size = min(vocab_size, self.shape.vocab_rows)
+        self._kept: list[torch.Tensor] = []
+        """Whatever the kernels have pointers to."""
+        self._layers = (Layer * self.shape.layers)()
+        for index in range(self.shape.layers):
+            self._read_layer(model, index)
+        self._model = self._read_model(model, max_rows, max_sequences, threads)
+        self._runner = self._library.nightherd_create(ctypes.byref(self._model))
+        if not self._runner:
+            raise MemoryError("the kernels have no memory for a step")
+
+        self._sampling = SamplingTable(max_sequences, self.vocab_size)
+        width = -(-self.shape.context // BLOCK)
+        self._arrays = {
+            name: np.zeros(size, np.int32)
+            for name, size in (
+                *((name, max_rows) for name in ("token_ids", "positions", "slots", "lasts")),
+                *((name, max_sequences) for name in ("chosen_rows", "sampling_slots")),
+            )
+        }
+        self._tables = np.zeros((max_sequences, width), np.int32)
+        self._chosen = chosen_rows(max_sequences)
+        self._step = Step(
+            **{name: array.ctypes.data for name, array in self._arrays.items()},
+            tables=self._tables.ctypes.data,
+            table_width=width,
+            chosen=self._chosen.ctypes.data,
+        )
+
+    def execute(self, plan: Plan) -> Choices:
+        """Runs the step in C, without the GIL."""
+        choosing = self._fill(plan)
+        step = self._step
+        step.sampling = self._sampling.rows.ctypes.data
+        if self._library.nightherd_step(self._runner, ctypes.byref(step)):
+            raise MemoryError("the kernels ran out of memory")
+        return read_choices(self._chosen[: len(choosing)], choosing)
+
+    def forget(self, sequence: Sequence) -> None:
+        self._sampling.forget(sequence)
+
+    def lost(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        if self._runner:
+            self._library.nightherd_destroy(self._runner)
+            self._runner = None
+        self._kept.clear()
+
+    def _fill(self, plan: Plan) -> list[Sequence]:
+        """Writes the plan into the step's arrays; returns the sequences that choose."""
+        token_ids, positions = self._arrays["token_ids"], self._arrays["positions"]
+        slots, lasts = self._arrays["slots"], self._arrays["lasts"]
+        ids: list[int] = []
+        starts: list[int] = []
+        choosing: list[Sequence] = []
+        chosen: list[int] = []
+        row = 0
+        lasts[:] = 0
+        for slot, span in enumerate(plan.spans):
+            sequence = span.sequence
+            self._tables[slot, : len(sequence.block_ids)] = sequence.block_ids
+            if span.count == 1:
+                ids.append(sequence.token_ids[span.start])
+                starts.append(span.start)
+                slots[row] = slot
+            else:
+                ids += sequence.token_ids[span.start : span.start + span.count]
+                starts += range(span.start, span.start + span.count)
+                slots[row : row + span.count] = slot
+            row += span.count
+            lasts[row - 1] = 1
+            if span.chooses:
+                choosing.append(sequence)
+                chosen.append(row - 1)
+        token_ids[:row] = ids
+        positions[:row] = starts
+        self._arrays["chosen_rows"][: len(chosen)] = chosen
+        self._arrays["sampling_slots"][: len(chosen)] = [
+            self._sampling.slot(sequence) for sequence in choosing
+        ]
+        self._step.rows = row
+        self._step.chosen_count = len(chosen)
+        return choosing
+
+    # Weights.
+
+    def _keep(self, tensor: torch.Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _read_layer(self, model: Any, index: int) -> None:
+        given = weights.layer_weights(model, index)
+        layer, shape = self._layers[index], self.shape
+        layer.qkv = self._keep(self._packed(torch.cat([given.q, given.k, given.v])))
+        layer.o = self._keep(self._packed(given.o))
+        layer.gate_up = self._keep(self._packed(_interleaved(given.gate, given.up)))
+        layer.down = self._keep(self._packed(given.down))
+        for name, vector in _vectors(given).items():
+            if vector is not None:
+                setattr(layer, name, self._keep(_padded(vector.float(), PANEL)))
+        cache = _lazy_zeros((2, self.num_blocks, shape.kv_width * BLOCK), self._dtype)
+        layer.keys, layer.values = self._keep(cache[0]), self._keep(cache[1])
+        weights.drop_layer(model, index)
+
+    def _read_model(self, model: Any, max_rows: int, max_sequences: int, threads: int) -> Model:
+        shape = self.shape
+        cos, sin = weights.rotary_table(model, shape.context)
+        embedding, output = weights.embedding(model), weights.output_layer(model)
+        tied = embedding.data_ptr() == output.data_ptr()
+        packed = self._packed(output)
+        described = Model(
+            layer=cast(Any, self._layers),
+            final_norm=self._keep(_padded(weights.final_norm(model).float(), PANEL)),
+            cosines=self._keep(cos),
+            sines=self._keep(sin),
+            embedding=None if tied else self._keep(embedding.contiguous()),
+            output=self._keep(packed),
+            layers=shape.layers,
+            hidden=shape.hidden,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            intermediate=shape.intermediate,
+            vocab_size=self.vocab_size,
+            vocab_rows=shape.vocab_rows,
+            bfloat16=self._dtype == torch.bfloat16,
+            max_rows=max(max_rows, max_sequences),
+            max_chosen=max_sequences,
+            threads=threads,
+            norm_eps=shape.norm_eps,
+        )
+        for parameter in model.parameters():
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+        return described
+
+    def _packed(self, matrix: torch.Tensor) -> torch.Tensor:
+        """[outputs, inputs] as panels [outputs / 64, inputs / per, 64, per], filled up by zeros."""
+        per = 2 if self._dtype == torch.bfloat16 else 1
+        outputs, inputs = matrix.shape
+        if outputs % PANEL or inputs % per:
+            matrix = torch.nn.functional.pad(matrix, (0, -inputs % per, 0, -outputs % PANEL))
+        outputs, inputs = matrix.shape
+        panels = matrix.view(outputs // PANEL, PANEL, inputs // per, per)
+        return panels.permute(0, 2, 1, 3).contiguous()
+
+
+def _padded(vector: torch.Tensor, to: int) -> torch.Tensor:
+    return torch.nn.functional.pad(vector, (0, -len(vector) % to)).contiguous()
+
+
+def _interleaved(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Rows of both, 32 and 32, so that a panel has what SiLU(gate) * up needs."""
+    half = PANEL // 2
+    gate, up = (
+        torch.nn.functional.pad(x, (*(0, 0) * (x.dim() - 1), 0, -len(x) % half)) for x in (gate, up)
+    )
+    parts = [x.view(-1, half, *x.shape[1:]) for x in (gate, up)]
+    return torch.cat(parts, dim=1).flatten(0, 1)
+
+
+def _vectors(given: LayerWeights) -> dict[str, torch.Tensor | None]:
+    """Norms and biases by the names that the kernels have for them."""
+    qkv = [given.q_bias, given.k_bias, given.v_bias]
+    if any(bias is not None for bias in qkv):
+        rows = [given.q, given.k, given.v]
+        filled = [_bias(bias, matrix) for bias, matrix in zip(qkv, rows, strict=True)]
+        qkv_bias = torch.cat(filled)
+    else:
+        qkv_bias = None
+    gate_up_bias = None
+    if given.gate_bias is not None or given.up_bias is not None:
+        gate_up_bias = _interleaved(
+            _bias(given.gate_bias, given.gate), _bias(given.up_bias, given.up)
+        )
+    return {
+        "input_norm": given.input_norm,
+        "qkv_bias": qkv_bias,
+        "q_norm": given.q_norm,
+        "k_norm": given.k_norm,
+        "o_bias": given.o_bias,
+        "post_norm": given.post_norm,
+        "gate_up_bias": gate_up_bias,
+        "down_bias": given.down_bias,
+    }
+
+
+def _bias(bias: torch.Tensor | None, matrix: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(len(matrix), dtype=matrix.dtype) if bias is None else bias
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that take memory only where they are written, in huge pages where the system has them.
+
+    Blocks are read in random order: with small pages most of that time is spent on page tables.
+    """
+    memory = mmap.mmap(-1, int(np.prod(shape)) * dtype.itemsize)
+    with contextlib.suppress(OSError, AttributeError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -1,0 +1,151 @@
+// Attention over the paged KV cache, for any mix of rows: prefill, decode, recompute.
+//
+// A row's result is a function of its query and of the keys and values before it alone: one online
+// softmax over blocks of BLOCK keys from position 0 on (Milakov and Gimelshein 2018), the same
+// operations in the same order whatever other rows are in the step. Queries that read the same
+// block (rows of one sequence, heads of one group, sequences with a common beginning) read it
+// together.
+//
+// The cache of one layer is [blocks][kv heads][BLOCK * head_dim]: keys as [head_dim / PER][BLOCK][PER],
+// values as [BLOCK / PER][head_dim][PER].
+#pragma once
+
+#include "vector.h"
+
+namespace nightherd {
+
+constexpr int BLOCK = 32;
+constexpr int QUERIES = 6;  // that are worked on together
+constexpr int MAX_HEAD_DIM = 256;
+
+template <class E>
+struct Query {
+    const typename E::T* vector;
+    const int32_t* table;  // blocks of its sequence
+    int keys;              // that it may look at
+    float highest;
+    vec total;  // of the shares so far, in sixteen parts
+    float* sum;  // [head_dim]
+};
+
+template <class E, int N>
+static inline void attend(Query<E>* queries, const typename E::T* keys, const typename E::T* values,
+                          int start, int size, const typename E::T* next_keys,
+                          const typename E::T* next_values) {
+    using T = typename E::T;
+    vec scores[N][2];
+    for (int n = 0; n < N; ++n) scores[n][0] = scores[n][1] = vec{};
+    for (int i = 0; i < size; i += E::PER) {
+        const auto low = E::read(keys + i * BLOCK);
+        const auto high = E::read(keys + i * BLOCK + LANES * E::PER);
+        if (next_keys) {  // the cache is read from memory: fetch while computing
+            __builtin_prefetch(next_keys + i * BLOCK);
+            __builtin_prefetch(next_keys + i * BLOCK + LANES * E::PER);
+            __builtin_prefetch(next_values + i * BLOCK);
+            __builtin_prefetch(next_values + i * BLOCK + LANES * E::PER);
+        }
+#pragma GCC unroll 6
+        for (int n = 0; n < N; ++n) {
+            scores[n][0] = E::add(scores[n][0], queries[n].vector + i, low);
+            scores[n][1] = E::add(scores[n][1], queries[n].vector + i, high);
+        }
+    }
+    const int_vec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    alignas(64) T shares[N][BLOCK];
+    float fade[N];
+    int used = 0;
+    for (int n = 0; n < N; ++n) {
+        Query<E>& query = queries[n];
+        const int valid = query.keys - start < BLOCK ? query.keys - start : BLOCK;
+        if (valid > used) used = valid;
+        const vec none = splat(-INFINITY);
+        const vec low = lane < valid ? scores[n][0] : none;
+        const vec high = lane + LANES < valid ? scores[n][1] : none;
+        const float here = largest(larger(low, high));
+        fade[n] = 1;
+        if (here > query.highest) {
+            fade[n] = exponential(query.highest - here);
+            query.highest = here;
+        }
+        const vec first = exponential(low - query.highest);
+        const vec second = exponential(high - query.highest);
+        query.total = query.total * fade[n] + (first + second);
+        E::write(shares[n], first);
+        E::write(shares[n] + LANES, second);
+    }
+    for (int d = 0; d < size; d += 4 * LANES) {
+        const int width = (size - d) / LANES < 4 ? (size - d) / LANES : 4;
+        vec sums[N][4];
+        for (int n = 0; n < N; ++n)
+            for (int c = 0; c < 4; ++c)
+                sums[n][c] = c < width ? load(queries[n].sum + d + c * LANES) * fade[n] : vec{};
+        if (width == 4) {
+            for (int j = 0; j < used; j += E::PER) {
+                const T* row = values + (size_t)j * size + d * E::PER;
+                typename E::Packed packed[4];
+                for (int c = 0; c < 4; ++c) packed[c] = E::read(row + c * LANES * E::PER);
+#pragma GCC unroll 6
+                for (int n = 0; n < N; ++n)
+                    for (int c = 0; c < 4; ++c)
+                        sums[n][c] = E::add(sums[n][c], shares[n] + j, packed[c]);
+            }
+        } else {
+            for (int j = 0; j < used; j += E::PER)
+                for (int c = 0; c < width; ++c) {
+                    const auto packed =
+                        E::read(values + (size_t)j * size + (d + c * LANES) * E::PER);
+                    for (int n = 0; n < N; ++n)
+                        sums[n][c] = E::add(sums[n][c], shares[n] + j, packed);
+                }
+        }
+        for (int n = 0; n < N; ++n)
+            for (int c = 0; c < width; ++c) store(queries[n].sum + d + c * LANES, sums[n][c]);
+    }
+}
+
+// Several queries over all their keys; `keys` and `values` are the cache at this KV head, `stride`
+// the numbers from one block to the next. Ends with the weighted mean in each query's `sum`.
+template <class E>
+static void attend_all(Query<E>* queries, int count, const typename E::T* keys,
+                       const typename E::T* values, size_t stride, int size) {
+    int most = 0;
+    for (int n = 0; n < count; ++n) {
+        queries[n].highest = -INFINITY;
+        queries[n].total = vec{};
+        for (int d = 0; d < size; ++d) queries[n].sum[d] = 0;
+        if (queries[n].keys > most) most = queries[n].keys;
+    }
+    for (int start = 0; start < most; start += BLOCK) {
+        for (int n = 0; n < count;) {
+            if (queries[n].keys <= start) {
+                ++n;
+                continue;
+            }
+            const int block = queries[n].table[start / BLOCK];
+            int end = n + 1;
+            while (end < count && queries[end].keys > start &&
+                   queries[end].table[start / BLOCK] == block)
+                ++end;
+            const auto* k = keys + block * stride;
+            const auto* v = values + block * stride;
+            const int after = start + BLOCK < queries[n].keys ? queries[n].table[start / BLOCK + 1] : -1;
+            const auto* nk = after < 0 ? nullptr : keys + after * stride;
+            const auto* nv = after < 0 ? nullptr : values + after * stride;
+            switch (end - n) {
+                case 1: attend<E, 1>(queries + n, k, v, start, size, nk, nv); break;
+                case 2: attend<E, 2>(queries + n, k, v, start, size, nk, nv); break;
+                case 3: attend<E, 3>(queries + n, k, v, start, size, nk, nv); break;
+                case 4: attend<E, 4>(queries + n, k, v, start, size, nk, nv); break;
+                case 5: attend<E, 5>(queries + n, k, v, start, size, nk, nv); break;
+                default: attend<E, 6>(queries + n, k, v, start, size, nk, nv);
+            }
+            n = end;
+        }
+    }
+    for (int n = 0; n < count; ++n) {
+        const vec total = splat(sum(queries[n].total));
+        for (int d = 0; d < size; d += LANES) store(queries[n].sum + d, load(queries[n].sum + d) / total);
+    }
+}
+
+}  // namespace nightherd

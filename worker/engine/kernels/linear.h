@@ -1,0 +1,96 @@
+// Rows of numbers times a matrix: the linear layers.
+//
+// A matrix [n outputs, k inputs] is packed in panels of 64 outputs (n filled up with zeros):
+// panel[p][k / PER][64][PER]. Six rows at a time keep 24 sums of sixteen outputs in registers. The
+// sum of one output goes through the inputs in order, so it does not depend on the other rows.
+#pragma once
+
+#include "vector.h"
+
+namespace nightherd {
+
+constexpr int PANEL = 64;    // outputs
+constexpr int TILE = 6;      // rows
+constexpr int CHUNK = 96;    // rows of one task, at most
+constexpr int DEPTH = 512;   // inputs that are worked through before the next rows: they stay in L1
+
+template <class E>
+struct Matrix {
+    const typename E::T* packed;
+    const float* bias;  // n numbers, or null
+    int panels;
+    int inputs;  // k, filled up to a multiple of PER
+};
+
+template <class E, int ROWS, class Emit>
+static inline void tile(const Matrix<E>& matrix, int panel, const typename E::T* x, int stride,
+                        int first, int begin, int end, float* partial, const typename E::T* ahead,
+                        const Emit& emit) {
+    constexpr int COLUMNS = PANEL / LANES;
+    vec sums[ROWS][COLUMNS];
+    for (int r = 0; r < ROWS; ++r)
+        for (int c = 0; c < COLUMNS; ++c)
+            sums[r][c] = begin ? load(partial + r * PANEL + c * LANES) : vec{};
+    const auto* w = matrix.packed + ((size_t)panel * matrix.inputs + begin) * PANEL;
+    const auto* row = x + (size_t)first * stride;
+    for (int i = begin; i < end; i += E::PER, w += PANEL * E::PER) {
+        typename E::Packed packed[COLUMNS];
+        for (int c = 0; c < COLUMNS; ++c) packed[c] = E::read(w + c * LANES * E::PER);
+        if (ahead) __builtin_prefetch(ahead + (size_t)(i - begin) * PANEL, 0, 2);
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+            for (int c = 0; c < COLUMNS; ++c)
+                sums[r][c] = E::add(sums[r][c], row + (size_t)r * stride + i, packed[c]);
+    }
+    const bool last = end == matrix.inputs;
+    for (int r = 0; r < ROWS; ++r) {
+        if (!last) {
+            for (int c = 0; c < COLUMNS; ++c) store(partial + r * PANEL + c * LANES, sums[r][c]);
+            continue;
+        }
+        if (matrix.bias)
+            for (int c = 0; c < COLUMNS; ++c)
+                sums[r][c] += load(matrix.bias + panel * PANEL + c * LANES);
+        emit(first + r, panel, sums[r]);
+    }
+}
+
+// One panel for rows [first, last), at most CHUNK of them; `emit(row, panel, vec[4])` takes the sums.
+// Meanwhile the panel `next`, which this thread most likely needs next, is fetched from memory: each
+// of the first tiles of rows fetches one of the cache lines that PER inputs take.
+template <class E, class Emit>
+static void panel_rows(const Matrix<E>& matrix, int panel, const typename E::T* x, int stride,
+                       int first, int last, int next, const Emit& emit) {
+    constexpr int LINE = 64 / sizeof(typename E::T), LINES = PANEL * E::PER / LINE;
+    alignas(64) float partial[CHUNK * PANEL];
+    for (int begin = 0; begin < matrix.inputs; begin += DEPTH) {
+        const int end = begin + DEPTH < matrix.inputs ? begin + DEPTH : matrix.inputs;
+        for (int row = first; row < last; row += TILE) {
+            float* mine = partial + (row - first) * PANEL;
+            const int part = (row - first) / TILE;
+            const typename E::T* ahead = nullptr;
+            if (part < LINES && next < matrix.panels)
+                ahead = matrix.packed + ((size_t)next * matrix.inputs + begin) * PANEL + part * LINE;
+            switch (last - row < TILE ? last - row : TILE) {
+                case 1: tile<E, 1>(matrix, panel, x, stride, row, begin, end, mine, ahead, emit); break;
+                case 2: tile<E, 2>(matrix, panel, x, stride, row, begin, end, mine, ahead, emit); break;
+                case 3: tile<E, 3>(matrix, panel, x, stride, row, begin, end, mine, ahead, emit); break;
+                case 4: tile<E, 4>(matrix, panel, x, stride, row, begin, end, mine, ahead, emit); break;
+                case 5: tile<E, 5>(matrix, panel, x, stride, row, begin, end, mine, ahead, emit); break;
+                default: tile<E, 6>(matrix, panel, x, stride, row, begin, end, mine, ahead, emit);
+            }
+        }
+    }
+}
+
+// How rows are cut for the tasks of one linear layer: few enough that panels are read seldom, many
+// enough that no thread waits long for the last one.
+static inline int chunk_of(int rows, int panels, int threads) {
+    int chunks = (rows + CHUNK - 1) / CHUNK;
+    while (threads > 1 && chunks * panels < 8 * threads && rows / (chunks + 1) >= 2 * TILE) ++chunks;
+    const int chunk = (rows + chunks - 1) / chunks;
+    return (chunk + TILE - 1) / TILE * TILE;
+}
+
+}  // namespace nightherd

@@ -1,0 +1,250 @@
+// From logits to a token, one row at a time, by the row's own parameters.
+//
+// The order is that of `worker/engine/reference_logits.py`: mask, banned ids, bias, penalties; then,
+// unless greedy, temperature, top-k, top-p, min-p, Gumbel noise of (seed, position, id), argmax.
+// The vocabulary is never sorted: a histogram finds the bin in which a threshold lies, and that bin
+// alone is sorted.
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <functional>
+#include <vector>
+
+#include "vector.h"
+
+namespace nightherd {
+
+constexpr int MOST_LOGPROBS = 20;
+
+struct Sampling {  // `worker/engine/cpu_sampling.py` has the same fields in the same order
+    uint64_t seed;
+    const int32_t* seen;  // distinct ids of prompt and output, for the repetition penalty
+    const int32_t* counted;  // distinct ids of the output, and how often it has each
+    const int32_t* counts;
+    const int32_t* bias_ids;
+    const float* bias;
+    const int32_t* banned;
+    const int32_t* allowed;
+    const uint32_t* mask;  // of a grammar; null: any
+    int32_t seen_size, counted_size, bias_size, banned_size, allowed_size;
+    int32_t position;  // how many tokens the output has
+    int32_t top_k;     // 0: off
+    int32_t logprobs;  // -1: none
+    float temperature, top_p, min_p, repetition, presence, frequency;
+};
+
+struct Chosen {
+    int32_t token;
+    float best;
+    int32_t top[1 + MOST_LOGPROBS];  // the token, then the likeliest
+    float logprob[1 + MOST_LOGPROBS];
+};
+
+struct Scratch {
+    std::vector<float> raw;
+    std::vector<int32_t> ids;
+    std::vector<float> values;
+    std::vector<double> mass;
+    std::vector<int32_t> number;
+};
+
+static inline uint64_t mixed(uint64_t value) {  // splitmix64's finaliser
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9ull;
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EBull;
+    return value ^ (value >> 31);
+}
+
+constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15ull;
+
+static inline uint64_t noise_key(uint64_t seed, int position) {
+    return mixed(mixed(seed + GOLDEN) + (uint64_t)(position + 1) * GOLDEN);
+}
+
+// 40 bits: the uniform number is (bits + 1) * 2^-40.
+static inline uint64_t noise_bits(uint64_t key, int id) {
+    return mixed(key + (uint64_t)(id + 1) * GOLDEN) >> 24;
+}
+
+static inline float gumbel(uint64_t bits) {
+    const float uniform = std::min((float)(bits + 1) * 0x1p-40f, 1.0f - 0x1p-24f);
+    return -logf(-log1pf(-uniform));
+}
+
+static inline float maximum(const float* values, int size) {
+    vec most = splat(-INFINITY);
+    int i = 0;
+    for (; i + LANES <= size; i += LANES) most = larger(load(values + i), most);
+    float out = largest(most);
+    for (; i < size; ++i) out = values[i] > out ? values[i] : out;
+    return out;
+}
+
+static inline bool finite(const float* values, int size) {
+    int_vec bad = {};
+    int i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        const vec v = load(values + i);
+        bad |= ~(v < splat(INFINITY));
+    }
+    for (int lane = 0; lane < LANES; ++lane)
+        if (bad[lane]) return false;
+    for (; i < size; ++i)
+        if (!(values[i] < INFINITY)) return false;
+    return true;
+}
+
+static void report_logprobs(const float* raw, int size, int asked, Chosen& out) {
+    const float most = maximum(raw, size);
+    vec total = {};
+    int i = 0;
+    for (; i + LANES <= size; i += LANES) total += exponential(load(raw + i) - most);
+    double all = sum(total);
+    for (; i < size; ++i) all += exponential(raw[i] - most);
+    const float base = most + (float)log(all);
+    out.top[0] = out.token;
+    out.logprob[0] = raw[out.token] - base;
+    int have = 0;
+    for (int id = 0; id < size && asked > 0; ++id) {
+        if (have == asked && raw[id] <= out.logprob[have]) continue;
+        int place = have < asked ? ++have : have;
+        for (; place > 1 && raw[id] > out.logprob[place - 1]; --place) {
+            out.logprob[place] = out.logprob[place - 1];
+            out.top[place] = out.top[place - 1];
+        }
+        out.logprob[place] = raw[id];
+        out.top[place] = id;
+    }
+    for (int place = 1; place <= have; ++place) out.logprob[place] -= base;
+    for (int place = have + 1; place <= MOST_LOGPROBS; ++place) out.top[place] = -1;
+}
+
+static void edit(float* logits, int size, const Sampling& row, Scratch& scratch) {
+    if (row.mask)
+        for (int id = 0; id < size; ++id)
+            if (!(row.mask[id / 32] >> (id % 32) & 1)) logits[id] = -INFINITY;
+    if (row.allowed_size) {
+        scratch.values.resize(row.allowed_size);
+        for (int i = 0; i < row.allowed_size; ++i) scratch.values[i] = logits[row.allowed[i]];
+        std::fill(logits, logits + size, -INFINITY);
+        for (int i = 0; i < row.allowed_size; ++i) logits[row.allowed[i]] = scratch.values[i];
+    }
+    for (int i = 0; i < row.bias_size; ++i) logits[row.bias_ids[i]] += row.bias[i];
+    for (int i = 0; i < row.banned_size; ++i) logits[row.banned[i]] = -INFINITY;
+    for (int i = 0; i < row.seen_size; ++i) {
+        float& logit = logits[row.seen[i]];
+        logit = logit < 0 ? logit * row.repetition : logit / row.repetition;
+    }
+    for (int i = 0; i < row.counted_size; ++i)
+        logits[row.counted[i]] -= row.frequency * (float)row.counts[i] + row.presence;
+}
+
+constexpr int BINS = 2048, BINS_PER_UNIT = 64;  // of how far a logit is below the greatest
+
+static inline int bin_of(float below) {
+    const float place = below * BINS_PER_UNIT;
+    return place < BINS - 1 ? (int)place : BINS - 1;
+}
+
+// The values of one bin that are at least `least`, greatest first.
+static void sorted_bin(const float* logits, int size, float most, float least, int bin,
+                       std::vector<float>& out) {
+    out.clear();
+    for (int id = 0; id < size; ++id)
+        if (logits[id] >= least && bin_of(most - logits[id]) == bin) out.push_back(logits[id]);
+    std::sort(out.begin(), out.end(), std::greater<float>());
+}
+
+// The least logit that top-k, top-p and min-p leave.
+static float threshold(const float* logits, int size, float most, const Sampling& row,
+                       Scratch& scratch) {
+    float least = -INFINITY;
+    const bool by_number = row.top_k > 0 && row.top_k < size;
+    if (by_number) {
+        scratch.number.assign(BINS, 0);
+        for (int id = 0; id < size; ++id)
+            if (logits[id] > -INFINITY) ++scratch.number[bin_of(most - logits[id])];
+        int bin = 0, before = 0;
+        while (bin < BINS - 1 && before + scratch.number[bin] < row.top_k)
+            before += scratch.number[bin++];
+        sorted_bin(logits, size, most, -FLT_MAX, bin, scratch.values);
+        if (!scratch.values.empty())
+            least = scratch.values[std::min<size_t>(row.top_k - before, scratch.values.size()) - 1];
+    }
+    if (row.top_p < 1) {
+        scratch.mass.assign(BINS, 0);
+        double all = 0;
+        for (int id = 0; id < size; id += LANES) {
+            const int width = std::min(LANES, size - id);
+            float part[LANES];
+            for (int i = 0; i < LANES; ++i) part[i] = i < width ? logits[id + i] - most : -INFINITY;
+            store(part, exponential(load(part)));
+            for (int i = 0; i < width; ++i) {
+                const float logit = logits[id + i];
+                if (!(logit >= least) || part[i] == 0) continue;
+                scratch.mass[bin_of(most - logit)] += part[i];
+            }
+        }
+        for (double mass : scratch.mass) all += mass;
+        const double wanted = (double)row.top_p * all;
+        int bin = 0;
+        double before = 0;
+        while (bin < BINS - 1 && before + scratch.mass[bin] < wanted) before += scratch.mass[bin++];
+        sorted_bin(logits, size, most, std::max(least, -FLT_MAX), bin, scratch.values);
+        for (size_t i = 0; i < scratch.values.size() && (i == 0 || before < wanted); ++i) {
+            // The last bin has no mass where even its greatest is too unlikely.
+            before += exponential(scratch.values[i] - most);
+            least = scratch.values[i];
+        }
+    }
+    if (row.min_p > 0) least = std::max(least, most + logf(row.min_p));
+    return least;
+}
+
+// argmax(logit + noise) over the ids from `least` on. Noise that cannot win is not computed: the
+// noise of an id is at least g exactly where its bits are below a bound.
+static int draw(const float* logits, int size, float most, float least, const Sampling& row) {
+    const uint64_t key = noise_key(row.seed, row.position);
+    int token = -1;
+    float best = -INFINITY;
+    uint64_t bound = ~0ull;
+    for (int id = 0; id < size; ++id) {
+        if (!(logits[id] >= least) || logits[id] == -INFINITY) continue;
+        const uint64_t bits = noise_bits(key, id);
+        if (bits > bound) continue;
+        const float value = logits[id] + gumbel(bits);
+        if (value > best) {
+            best = value;
+            token = id;
+            const double share = 1 - exp(-exp((double)most - best + 1e-3));
+            bound = share < 1 ? (uint64_t)(share * 0x1p40) + 1 : ~0ull;
+        }
+    }
+    return token;
+}
+
+// `logits`, of `size` ids, is overwritten.
+static void choose(float* logits, int size, const Sampling& row, Scratch& scratch, Chosen& out) {
+    out.token = 0;
+    out.best = NAN;
+    if (!finite(logits, size)) return;
+    if (row.logprobs >= 0) scratch.raw.assign(logits, logits + size);
+    edit(logits, size, row, scratch);
+    float most = maximum(logits, size);
+    out.best = most;
+    if (!(most > -INFINITY) || !(most < INFINITY)) return;
+    if (row.temperature < 1e-5f) {
+        out.token = (int32_t)(std::find(logits, logits + size, most) - logits);
+    } else {
+        if (row.temperature != 1) {
+            int i = 0;
+            for (; i + LANES <= size; i += LANES) store(logits + i, load(logits + i) / row.temperature);
+            for (; i < size; ++i) logits[i] /= row.temperature;
+            most /= row.temperature;
+        }
+        out.token = draw(logits, size, most, threshold(logits, size, most, row, scratch), row);
+    }
+    if (row.logprobs >= 0) report_logprobs(scratch.raw.data(), size, row.logprobs, out);
+}
+
+}  // namespace nightherd

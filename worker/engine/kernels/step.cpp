@@ -1,0 +1,319 @@
+// One forward pass and the choice of the next tokens, all layers in one call. Plain C ABI; the
+// structures are those of `worker/engine/cpu_library.py`.
+#include "attention.h"
+#include "linear.h"
+#include "pool.h"
+#include "sample.h"
+
+namespace nightherd {
+
+struct Layer {
+    const float *input_norm, *qkv_bias, *q_norm, *k_norm, *o_bias, *post_norm, *gate_up_bias, *down_bias;
+    const void *qkv, *o, *gate_up, *down;  // packed
+    void *keys, *values;                   // the KV cache
+};
+
+struct Model {
+    const Layer* layer;
+    const float *final_norm, *cosines, *sines;  // angles: [context][head_dim / 2]
+    const void* embedding;  // [vocab_rows][hidden], or null: `output` holds it, packed
+    const void* output;     // packed
+    int32_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab_size, vocab_rows;
+    int32_t bfloat16, max_rows, max_chosen, threads;
+    float norm_eps;
+};
+
+struct Step {
+    const int32_t *token_ids, *positions, *slots;  // [rows]; a slot is a row of `tables`
+    const int32_t *lasts;   // [rows]: 1 where the sequence has no later position in this step
+    const int32_t* tables;  // [slots][table_width], block numbers
+    const int32_t *chosen_rows, *sampling_slots;  // [chosen]
+    const Sampling* sampling;
+    Chosen* chosen;
+    int32_t rows, chosen_count, table_width;
+};
+
+static int padded(int size, int to) { return (size + to - 1) / to * to; }
+
+class Runner {
+  public:
+    virtual ~Runner() = default;
+    virtual void step(const Step& step) = 0;
+};
+
+template <class E>
+class TypedRunner : public Runner {
+    using T = typename E::T;
+
+  public:
+    explicit TypedRunner(const Model& model)
+        : m(model), pool(model.threads), layers(model.layer, model.layer + model.layers),
+          query_width(model.heads * model.head_dim), kv_width(model.kv_heads * model.head_dim),
+          wide(padded(model.hidden, PANEL)), qkv_wide(padded(query_width + 2 * kv_width, PANEL)),
+          q_wide(padded(query_width, PANEL)), inner(padded(model.intermediate, PANEL / 2)),
+          vocab_wide(padded(model.vocab_rows, PANEL)),
+          residual((size_t)m.max_rows * wide), fused((size_t)m.max_rows * qkv_wide),
+          normed((size_t)m.max_rows * wide), queries((size_t)m.max_rows * q_wide),
+          mixed((size_t)m.max_rows * q_wide), acted((size_t)m.max_rows * inner),
+          logits((size_t)m.max_chosen * vocab_wide), scratch(m.max_chosen) {
+        m.layer = layers.data();
+    }
+
+    void step(const Step& step) override {
+        s = &step;
+        pool.run([this] { run(); });
+    }
+
+  private:
+    static constexpr int GROUP = 4;  // rows of one task where rows are worked on one by one
+
+    // All threads go through this together: what is called between two `each` must be pure.
+    void run() {
+        rows_each([this](int row) { embed(row); });
+        for (int i = 0; i < m.layers; ++i) {
+            const Layer& layer = layers[i];
+            rows_each([&](int row) {
+                fetch_cache(layer, row);
+                norm(row, layer.input_norm, row);
+            });
+            linear(matrix(layer.qkv, layer.qkv_bias, qkv_wide, m.hidden), normed.data(), wide, s->rows,
+                   [this](int row, int panel, vec* sums) {
+                       float* to = &fused[(size_t)row * qkv_wide + panel * PANEL];
+                       for (int c = 0; c < 4; ++c) store(to + c * LANES, sums[c]);
+                   });
+            rows_each([&](int row) { rotate(layer, row); });
+            attention(layer);
+            linear(matrix(layer.o, layer.o_bias, wide, query_width), mixed.data(), q_wide, s->rows,
+                   [this](int row, int panel, vec* sums) { add(row, panel, sums); });
+            rows_each([&](int row) { norm(row, layer.post_norm, row); });
+            linear(matrix(layer.gate_up, layer.gate_up_bias, 2 * inner, m.hidden), normed.data(), wide,
+                   s->rows, [this](int row, int panel, vec* sums) {
+                       T* to = &acted[(size_t)row * inner + panel * (PANEL / 2)];
+                       for (int c = 0; c < 2; ++c) {
+                           const vec gate = sums[c];
+                           E::write(to + c * LANES, gate / (exponential(-gate) + 1.0f) * sums[c + 2]);
+                       }
+                   });
+            linear(matrix(layer.down, layer.down_bias, wide, m.intermediate), acted.data(), inner,
+                   s->rows, [this](int row, int panel, vec* sums) { add(row, panel, sums); });
+        }
+        pool.each(s->chosen_count, [this](int i) { norm(s->chosen_rows[i], m.final_norm, i); });
+        linear(matrix(m.output, nullptr, vocab_wide, m.hidden), normed.data(), wide, s->chosen_count,
+               [this](int row, int panel, vec* sums) {
+                   float* to = &logits[(size_t)row * vocab_wide + panel * PANEL];
+                   for (int c = 0; c < 4; ++c) store(to + c * LANES, sums[c]);
+               });
+        pool.each(s->chosen_count, [this](int i) {
+            choose(&logits[(size_t)i * vocab_wide], m.vocab_size, s->sampling[s->sampling_slots[i]],
+                   scratch[i], s->chosen[i]);
+        });
+    }
+
+    template <class Work>
+    void rows_each(const Work& work) {
+        pool.each((s->rows + GROUP - 1) / GROUP, [&](int group) {
+            const int end = std::min(s->rows, (group + 1) * GROUP);
+            for (int row = group * GROUP; row < end; ++row) work(row);
+        });
+    }
+
+    Matrix<E> matrix(const void* packed, const float* bias, int outputs, int inputs) const {
+        return {(const T*)packed, bias, outputs / PANEL, padded(inputs, E::PER)};
+    }
+
+    template <class Emit>
+    void linear(const Matrix<E>& matrix, const T* x, int stride, int rows, const Emit& emit) {
+        if (rows == 0) return;
+        const int chunk = chunk_of(rows, matrix.panels, m.threads);
+        const int chunks = (rows + chunk - 1) / chunk;
+        pool.each(matrix.panels * chunks, [&](int task) {
+            const int first = task % chunks * chunk, panel = task / chunks;
+            const int next = panel + std::max(1, m.threads / chunks);
+            panel_rows(matrix, panel, x, stride, first, std::min(rows, first + chunk), next, emit);
+        });
+    }
+
+    void embed(int row) {
+        const int id = s->token_ids[row];
+        float* to = &residual[(size_t)row * wide];
+        if (m.embedding) {
+            const T* from = (const T*)m.embedding + (size_t)id * m.hidden;
+            for (int i = 0; i < m.hidden; ++i) to[i] = E::number(from[i]);
+            return;
+        }
+        const int inputs = padded(m.hidden, E::PER);
+        const T* from = (const T*)m.output + (size_t)(id / PANEL) * inputs * PANEL + id % PANEL * E::PER;
+        for (int i = 0; i < m.hidden; i += E::PER, from += PANEL * E::PER)
+            for (int j = 0; j < E::PER; ++j) to[i + j] = E::number(from[j]);
+    }
+
+    static float scale_of(const float* x, int size, float eps) {
+        vec total = {};
+        for (int i = 0; i < size; i += LANES) total = fma(load(x + i), load(x + i), total);
+        return 1.0f / sqrtf(sum(total) / (float)size + eps);
+    }
+
+    // RMSNorm of a row of the residual stream, into row `to` of `normed`.
+    void norm(int row, const float* weight, int to) {
+        const float* x = &residual[(size_t)row * wide];
+        T* out = &normed[(size_t)to * wide];
+        const float scale = scale_of(x, m.hidden, m.norm_eps);
+        for (int i = 0; i < m.hidden; i += LANES)
+            E::write(out + i, load(x + i) * scale * load(weight + i));
+    }
+
+    void add(int row, int panel, const vec* sums) {
+        float* to = &residual[(size_t)row * wide + panel * PANEL];
+        for (int c = 0; c < 4; ++c) store(to + c * LANES, load(to + c * LANES) + sums[c]);
+    }
+
+    // Turns one head by its position's angles, after its norm if it has one.
+    void turn(float* head, const float* weight, int position, float by) const {
+        const int half = m.head_dim / 2;
+        if (weight) {
+            const float scale = scale_of(head, m.head_dim, m.norm_eps);
+            for (int i = 0; i < m.head_dim; i += LANES)
+                store(head + i, load(head + i) * scale * load(weight + i));
+        }
+        const float* cosine = m.cosines + (size_t)position * half;
+        const float* sine = m.sines + (size_t)position * half;
+        int i = 0;
+        for (; i + LANES <= half; i += LANES) {
+            const vec x = load(head + i) * by, y = load(head + i + half) * by;
+            const vec c = load(cosine + i), s = load(sine + i);
+            store(head + i, x * c - y * s);
+            store(head + i + half, y * c + x * s);
+        }
+        for (; i < half; ++i) {
+            const float x = head[i] * by, y = head[i + half] * by;
+            head[i] = x * cosine[i] - y * sine[i];
+            head[i + half] = y * cosine[i] + x * sine[i];
+        }
+    }
+
+    // Where a row's keys will be written: many cache lines, far apart.
+    void fetch_cache(const Layer& layer, int row) const {
+        const int position = s->positions[row], size = m.head_dim;
+        const int block = s->tables[(size_t)s->slots[row] * s->table_width + position / BLOCK];
+        const T* keys = (const T*)layer.keys + (size_t)block * m.kv_heads * BLOCK * size +
+                        position % BLOCK * E::PER;
+        for (int i = 0; i < m.kv_heads * size; i += E::PER) __builtin_prefetch(keys + i * BLOCK, 1, 2);
+    }
+
+    // A row's queries, turned and scaled; its keys and values, into the cache.
+    void rotate(const Layer& layer, int row) {
+        const int size = m.head_dim, position = s->positions[row];
+        float* from = &fused[(size_t)row * qkv_wide];
+        const float by = 1.0f / sqrtf((float)size);
+        for (int h = 0; h < m.heads; ++h) {
+            turn(from + h * size, layer.q_norm, position, by);
+            T* to = &queries[(size_t)row * q_wide + h * size];
+            for (int i = 0; i < size; i += LANES) E::write(to + i, load(from + h * size + i));
+        }
+        const int block = s->tables[(size_t)s->slots[row] * s->table_width + position / BLOCK];
+        const int place = position % BLOCK;
+        // A pair of values is read whole: what stands beside the last one must be a number.
+        const bool clear = E::PER == 2 && place % 2 == 0 && s->lasts[row];
+        for (int h = 0; h < m.kv_heads; ++h) {
+            float* key = from + query_width + h * size;
+            const float* value = from + query_width + kv_width + h * size;
+            turn(key, layer.k_norm, position, 1.0f);
+            const size_t at = ((size_t)block * m.kv_heads + h) * BLOCK * size;
+            T* keys = (T*)layer.keys + at;
+            T* values = (T*)layer.values + at + (size_t)(place / E::PER) * size * E::PER;
+            alignas(64) T rounded[MAX_HEAD_DIM];
+            for (int i = 0; i < size; i += LANES) E::write(rounded + i, load(key + i));
+            for (int i = 0; i < size; i += E::PER)
+                memcpy(keys + i * BLOCK + place * E::PER, rounded + i, E::PER * sizeof(T));
+            for (int i = 0; i < size; i += LANES) E::write(rounded + i, load(value + i));
+            put_values(values, rounded, place % E::PER, clear);
+        }
+    }
+
+    // One of the PER values that stand side by side. The others may be another thread's at this very
+    // moment, so they are not read and written back.
+    void put_values(T* to, const T* from, int part, bool clear) const {
+        for (int i = 0; i < m.head_dim; ++i) to[i * E::PER + part] = from[i];
+        if (clear)
+            for (int i = 0; i < m.head_dim; ++i) to[i * E::PER + 1] = 0;
+    }
+
+    void attention(const Layer& layer) {
+        const int group = m.heads / m.kv_heads;
+        const int rows_together = std::max(1, QUERIES / group);
+        const int parts = (group + QUERIES - 1) / QUERIES;
+        const int tiles = (s->rows + rows_together - 1) / rows_together;
+        pool.each(tiles * m.kv_heads * parts, [&](int task) {
+            const int kv_head = task / parts % m.kv_heads, part = task % parts;
+            // From the end: the last rows are prefills, whose tasks are long.
+            const int tile = tiles - 1 - task / parts / m.kv_heads;
+            attention_of(layer, tile * rows_together, std::min(s->rows, (tile + 1) * rows_together),
+                         kv_head, part * QUERIES, std::min(group, (part + 1) * QUERIES));
+        });
+    }
+
+    void attention_of(const Layer& layer, int first, int last, int kv_head, int from, int to) {
+        alignas(64) float sums[QUERIES][MAX_HEAD_DIM];
+        Query<E> group[QUERIES];
+        T* out[QUERIES];
+        const int size = m.head_dim, heads = m.heads / m.kv_heads;
+        int count = 0;
+        for (int row = first; row < last; ++row)
+            for (int h = from; h < to; ++h, ++count) {
+                const size_t at = (size_t)row * q_wide + (kv_head * heads + h) * size;
+                out[count] = &mixed[at];
+                group[count].vector = &queries[at];
+                group[count].table = s->tables + (size_t)s->slots[row] * s->table_width;
+                group[count].keys = s->positions[row] + 1;
+                group[count].sum = sums[count];
+            }
+        const size_t stride = (size_t)m.kv_heads * BLOCK * size;
+        const size_t head = (size_t)kv_head * BLOCK * size;
+        attend_all<E>(group, count, (const T*)layer.keys + head, (const T*)layer.values + head, stride, size);
+        for (int n = 0; n < count; ++n)
+            for (int i = 0; i < size; i += LANES) E::write(out[n] + i, load(sums[n] + i));
+    }
+
+    Model m;
+    Pool pool;
+    std::vector<Layer> layers;
+    const int query_width, kv_width, wide, qkv_wide, q_wide, inner, vocab_wide;
+    std::vector<float> residual, fused;
+    std::vector<T> normed, queries, mixed, acted;
+    std::vector<float> logits;
+    std::vector<Scratch> scratch;
+    const Step* s = nullptr;
+};
+
+}  // namespace nightherd
+
+extern "C" {
+
+void* nightherd_create(const nightherd::Model* model) {
+    try {
+        if (model->bfloat16) return new nightherd::TypedRunner<nightherd::BFloat16>(*model);
+        return new nightherd::TypedRunner<nightherd::Float32>(*model);
+    } catch (...) {
+        return nullptr;  // no memory, or no threads
+    }
+}
+
+// 0 if all went well, 1 if memory ran out.
+int nightherd_step(void* runner, const nightherd::Step* step) {
+    try {
+        ((nightherd::Runner*)runner)->step(*step);
+        return 0;
+    } catch (...) {
+        return 1;
+    }
+}
+
+void nightherd_destroy(void* runner) { delete (nightherd::Runner*)runner; }
+
+// So that the Python side can check that both see the same structures.
+int nightherd_sizes(int which) {
+    const int sizes[] = {sizeof(nightherd::Layer), sizeof(nightherd::Model), sizeof(nightherd::Step),
+                         sizeof(nightherd::Sampling), sizeof(nightherd::Chosen), nightherd::BLOCK};
+    return sizes[which];
+}
+}
