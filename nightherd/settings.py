@@ -97,8 +97,8 @@ class Settings(BaseModel):
     kv_memory: int | None = Field(
         default=None,
         ge=1,
-        description="Memory of the KV cache, as `2GiB`; by default a quarter of what is free and at "
-        "most 4 GiB on a CPU, four fifths of what is free on a GPU.",
+        description="Memory of the KV cache, as `2GiB`; by default a quarter of what is free and "
+        "at most 4 GiB on a CPU, four fifths of what is free on a GPU.",
     )
     threads: int | None = Field(
         default=None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 from pathlib import Path
@@ -262,11 +261,6 @@ def _bias(bias: torch.Tensor | None, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that take memory only where they are written, in huge pages where the system has them.
-
-    Blocks are read in random order: with small pages most of that time is spent on page tables.
-    """
+    """Zeros that take memory only where they are written."""
     memory = mmap.mmap(-1, int(np.prod(shape)) * dtype.itemsize)
-    with contextlib.suppress(OSError, AttributeError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

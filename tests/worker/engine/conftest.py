@@ -17,6 +17,7 @@ from worker.engine.engine import BatchEngine
 from worker.engine.reference import GenerateEngine
 from worker.engine.runner import ModelRunner
 from worker.engine.scheduler import Scheduler
+from worker.engine.torch_runner import TorchRunner
 
 
 @pytest.fixture(scope="session")
@@ -79,18 +80,25 @@ def batch_engines(model: Any, kernels: Path) -> Iterator[Callable[..., BatchEngi
         blocks: int = 128,
         threads: int = 2,
         prefix_cache: bool = True,
-        runner: Callable[..., ModelRunner] = CpuRunner,
+        kind: str = "kernels",
+        wrap: Callable[[ModelRunner], ModelRunner] = lambda runner: runner,
         **_: Any,
     ) -> BatchEngine:
-        loaded = runner(
-            copy.deepcopy(model),
-            vocab_size=vocab_size,
-            num_blocks=blocks,
-            max_rows=budget,
-            max_sequences=max_batch,
-            threads=threads,
-            library_folder=kernels,
-        )
+        copied = copy.deepcopy(model)
+        loaded: ModelRunner
+        if kind == "kernels":
+            loaded = CpuRunner(
+                copied,
+                vocab_size=vocab_size,
+                num_blocks=blocks,
+                max_rows=max(budget, max_batch),
+                max_sequences=max_batch,
+                threads=threads,
+                library_folder=kernels,
+            )
+        else:
+            loaded = TorchRunner(copied, vocab_size=vocab_size, num_blocks=blocks)
+        loaded = wrap(loaded)
         manager = BlockManager(blocks, loaded.block_size, prefix_cache=prefix_cache)
         scheduler = Scheduler(manager, max_sequences=max_batch, budget=max(budget, max_batch))
         engine = BatchEngine(loaded, scheduler, 256)

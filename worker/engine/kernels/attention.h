@@ -39,10 +39,10 @@ static inline void attend(Query<E>* queries, const typename E::T* keys, const ty
         const auto low = E::read(keys + i * BLOCK);
         const auto high = E::read(keys + i * BLOCK + LANES * E::PER);
         if (next_keys) {  // the cache is read from memory: fetch while computing
-            __builtin_prefetch(next_keys + i * BLOCK);
-            __builtin_prefetch(next_keys + i * BLOCK + LANES * E::PER);
-            __builtin_prefetch(next_values + i * BLOCK);
-            __builtin_prefetch(next_values + i * BLOCK + LANES * E::PER);
+            __builtin_prefetch(next_keys + i * BLOCK, 0, 2);
+            __builtin_prefetch(next_keys + i * BLOCK + LANES * E::PER, 0, 2);
+            __builtin_prefetch(next_values + i * BLOCK, 0, 2);
+            __builtin_prefetch(next_values + i * BLOCK + LANES * E::PER, 0, 2);
         }
 #pragma GCC unroll 6
         for (int n = 0; n < N; ++n) {
@@ -128,7 +128,7 @@ static void attend_all(Query<E>* queries, int count, const typename E::T* keys,
                 ++end;
             const auto* k = keys + block * stride;
             const auto* v = values + block * stride;
-            const int after = start + BLOCK < queries[n].keys ? queries[n].table[start / BLOCK + 1] : -1;
+            const int after = start + 2 * BLOCK < queries[n].keys ? queries[n].table[start / BLOCK + 2] : -1;
             const auto* nk = after < 0 ? nullptr : keys + after * stride;
             const auto* nv = after < 0 ? nullptr : values + after * stride;
             switch (end - n) {

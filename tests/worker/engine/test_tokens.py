@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,12 +23,14 @@ from worker.engine.reference_logits import BatchLogits, Row
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=["generate", "kernels"])
+@pytest.fixture(params=["generate", "kernels", "torch"])
 def engines(request: pytest.FixtureRequest) -> Callable[..., Engine]:
-    """Both engines in turn: they must choose the same tokens."""
-    name = "batch_engines" if request.param == "kernels" else "generate_engines"
-    made: Callable[..., Engine] = request.getfixturevalue(name)
-    return made
+    """All engines in turn: they must choose the same tokens."""
+    if request.param == "generate":
+        plain_engines: Callable[..., Engine] = request.getfixturevalue("generate_engines")
+        return plain_engines
+    made: Callable[..., Engine] = request.getfixturevalue("batch_engines")
+    return functools.partial(made, kind=request.param)
 
 
 def plain(model: Any, prompt: Sequence[int], count: int, **given: Any) -> tuple[int, ...]:
@@ -45,7 +48,7 @@ def plain(model: Any, prompt: Sequence[int], count: int, **given: Any) -> tuple[
 
 def test_it_is_an_engine(engine: Engine) -> None:
     typed: Engine = engine
-    assert typed.name in ("generate", "kernels")
+    assert typed.name in ("generate", "kernels", "torch")
 
 
 def test_greedy_is_transformers_greedy(model: Any, engines: Callable[..., Engine]) -> None:
