@@ -32,6 +32,7 @@ RUN pip install --no-cache-dir --no-deps '.[worker]'
 USER nightherd
 WORKDIR /var/lib/nightherd
 ENV NIGHTHERD_HOME=/var/lib/nightherd \
+    NIGHTHERD_CACHE=/var/lib/nightherd/cache \
     HF_HOME=/var/lib/nightherd/huggingface \
     PYTHONUNBUFFERED=1
 VOLUME /var/lib/nightherd

@@ -115,10 +115,10 @@ class SamplingParams(BaseModel):
     add_special_tokens: StrictBool | None = None
     """None: yes for a prompt, no for a chat (its template has written them)."""
     response_format: dict[str, Any] | None = None
-    """text, json_object or json_schema, as the OpenAI API has it; not by the plain backend."""
+    """text, json_object or json_schema, as the OpenAI API has it."""
     structured_outputs: dict[str, Any] | None = None
     """One of json (a schema), regex, choice (a list), grammar (Lark, GBNF), json_object (true);
-    not by the plain backend."""
+   """
     logit_bias: Annotated[
         dict[TokenId, Annotated[FiniteFloat, Field(ge=-100, le=100)]], BeforeValidator(_int_keys)
     ] = Field(default_factory=dict)

@@ -31,6 +31,11 @@ def default_home() -> Path:
     return Path(base).expanduser() / "nightherd"
 
 
+def default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "nightherd"
+
+
 class Settings(BaseModel):
     """All settings: `NIGHTHERD_` + the name in capitals, or the name itself in `nightherd.toml`."""
 
@@ -39,6 +44,10 @@ class Settings(BaseModel):
     home: Path = Field(
         default_factory=default_home,
         description="The data folder: the default database, the embedded broker, logs.",
+    )
+    cache: Path = Field(
+        default_factory=default_cache,
+        description="The folder of compiled kernels, which can be made again at any time.",
     )
     database_url: SecretStr | None = Field(
         default=None,
@@ -152,7 +161,7 @@ class Settings(BaseModel):
             )
         return value
 
-    @field_validator("home")
+    @field_validator("home", "cache")
     @classmethod
     def _absolute_home(cls, value: Path) -> Path:
         return value.expanduser().absolute()
@@ -185,11 +194,6 @@ def parse_size(text: str) -> int:
     decimal = unit is not None and not binary and found[0].upper().endswith("B")
     power = " KMGT".index((unit or " ").upper())
     return int(float(number) * (1000 if decimal else 1024) ** power)
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: they can be made again at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nightherd"
 
 
 def redact_url(url: str) -> str:

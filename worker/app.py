@@ -25,7 +25,7 @@ from nightherd.errors import CheckpointError, DatabaseError, NightherdError
 from nightherd.log import OncePerState
 from nightherd.params import canonical_json
 from nightherd.queue import queue_name
-from nightherd.settings import Settings, cache_folder
+from nightherd.settings import Settings
 from nightherd.text import TextProcessor
 from producer.database import open_database
 from producer.dispatch import Dispatcher
@@ -127,7 +127,7 @@ def load_checkpoint(options: WorkerOptions, settings: Settings) -> Loaded:
 
 def _kernel_folder(settings: Settings) -> Path:
     """The cache folder, or the data folder where that cannot be written."""
-    folder = cache_folder() / "kernels"
+    folder = settings.cache / "kernels"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder if os.access(folder, os.W_OK) else settings.home / "kernels"

@@ -60,11 +60,16 @@ class CommandLine:
             )
 
 
+KERNELS = Path(__file__).resolve().parents[2] / "build" / "tests"
+"""Where all tests keep compiled kernels: a new home for each would compile them each time."""
+
+
 def environment(home: Path, **settings: object) -> dict[str, str]:
     """The tests' environment without a HOME of the developer's, with short times."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("NIGHTHERD_")}
     short = {
         "home": home / "data",
+        "cache": KERNELS,
         "lease_seconds": 2,
         "renew_seconds": 0.4,
         "tick_seconds": 0.5,
