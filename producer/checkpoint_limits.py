@@ -37,7 +37,10 @@ class CheckpointLimits:
         """
         self._folder, self._key, self._home = folder, key, home
         self._template_elsewhere = template_elsewhere
-        self.context = context_length(read_json(folder, "config.json"))
+        try:
+            self.context = context_length(read_json(folder, "config.json"))
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint {key}: {error}") from None
         """Prompt and generated tokens together, at most."""
         settings = read_json(folder, "tokenizer_config.json")
         self._has_template = find_template(folder, settings) is not None

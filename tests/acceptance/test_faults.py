@@ -10,7 +10,7 @@ from tests.acceptance.conftest import Fleet, kill_9, write_jsonl
 from tests.commands.invoking import CommandLine
 from tests.conftest import start_redis, wait_until
 
-LONG = ("--max-tokens", "400", "--ignore-eos")
+LONG = ("--max-tokens", "1900", "--ignore-eos")
 
 
 def _every_row_once(fleet: Fleet, job: str, count: int) -> None:
@@ -144,7 +144,7 @@ def test_ctrl_c_keeps_the_job_of_a_run(embedded: Fleet, stories: Path, tmp_path:
 def test_a_run_whose_worker_cannot_start_says_why(nightherd_alone: CommandLine) -> None:
     folder = nightherd_alone.folder / "broken"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"max_position_embeddings": 999}')
     outcome = nightherd_alone("run", "-", "--checkpoint", "./broken", stdin="a\n")
     assert outcome.code == 1
     assert len(outcome.error_lines) == 1

@@ -121,7 +121,11 @@ def test_results_are_readable_while_the_job_runs(embedded: Fleet, tmp_path: Path
 
 
 def test_a_failed_row_fails_alone_and_can_be_retried(embedded: Fleet, tmp_path: Path) -> None:
-    rows = [{"prompt": "Once upon a time"}, {"prompt": "a " * 5000}, {"prompt": "One morning"}]
+    rows = [
+        {"prompt": "Once upon a time"},
+        {"prompt": "a " * 9, "max_length": 9},
+        {"prompt": "One morning"},
+    ]
     path = write_jsonl(tmp_path / "long.jsonl", rows)
     outcome = embedded.nightherd("run", path, "--max-tokens", "4", "-o", tmp_path / "out.jsonl")
     assert outcome.code == 5

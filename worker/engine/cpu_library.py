@@ -48,7 +48,7 @@ class Layer(ctypes.Structure):
         (name, c_void_p)
         for name in (
             *("input_norm", "qkv_bias", "q_norm", "k_norm", "o_bias", "post_norm"),
-            *("gate_up_bias", "down_bias", "qkv", "o", "gate_up", "down", "keys", "values"),
+            *("gate_up_bias", "down_bias", "qkv", "o", "gate_up", "down", "cache"),
         )
     )
 

@@ -170,8 +170,8 @@ class CpuRunner:
         for name, vector in _vectors(given).items():
             if vector is not None:
                 setattr(layer, name, self._keep(_padded(vector.float(), PANEL)))
-        cache = _lazy_zeros((2, self.num_blocks, shape.kv_width * BLOCK), self._dtype)
-        layer.keys, layer.values = self._keep(cache[0]), self._keep(cache[1])
+        cache = _lazy_zeros((self.num_blocks, 2 * shape.kv_width * BLOCK), self._dtype)
+        layer.cache = self._keep(cache)
         weights.drop_layer(model, index)
 
     def _read_model(self, model: Any, max_rows: int, max_sequences: int, threads: int) -> Model:

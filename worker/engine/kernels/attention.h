@@ -6,8 +6,9 @@
 // block (rows of one sequence, heads of one group, sequences with a common beginning) read it
 // together.
 //
-// The cache of one layer is [blocks][kv heads][BLOCK * head_dim]: keys as [head_dim / PER][BLOCK][PER],
-// values as [BLOCK / PER][head_dim][PER].
+// The cache of one layer is [blocks][kv heads][2][BLOCK * head_dim]: keys as
+// [head_dim / PER][BLOCK][PER], then values as [BLOCK / PER][head_dim][PER]. A task goes through a
+// block with all its heads before the next block: that is one stretch of memory.
 #pragma once
 
 #include "vector.h"
@@ -30,19 +31,16 @@ struct Query {
 
 template <class E, int N>
 static inline void attend(Query<E>* queries, const typename E::T* keys, const typename E::T* values,
-                          int start, int size, const typename E::T* next_keys,
-                          const typename E::T* next_values) {
+                          int start, int size, const typename E::T* next) {
     using T = typename E::T;
     vec scores[N][2];
     for (int n = 0; n < N; ++n) scores[n][0] = scores[n][1] = vec{};
     for (int i = 0; i < size; i += E::PER) {
         const auto low = E::read(keys + i * BLOCK);
         const auto high = E::read(keys + i * BLOCK + LANES * E::PER);
-        if (next_keys) {  // the cache is read from memory: fetch while computing
-            __builtin_prefetch(next_keys + i * BLOCK, 0, 2);
-            __builtin_prefetch(next_keys + i * BLOCK + LANES * E::PER, 0, 2);
-            __builtin_prefetch(next_values + i * BLOCK, 0, 2);
-            __builtin_prefetch(next_values + i * BLOCK + LANES * E::PER, 0, 2);
+        if (next) {  // the cache is read from memory: fetch while computing
+            const char* line = (const char*)(next + 2 * i * BLOCK);
+            for (int l = 0; l < 4; ++l) __builtin_prefetch(line + 64 * l, 0, 2);
         }
 #pragma GCC unroll 6
         for (int n = 0; n < N; ++n) {
@@ -103,46 +101,53 @@ static inline void attend(Query<E>* queries, const typename E::T* keys, const ty
     }
 }
 
-// Several queries over all their keys; `keys` and `values` are the cache at this KV head, `stride`
-// the numbers from one block to the next. Ends with the weighted mean in each query's `sum`.
+// The queries of one KV head on block number `start / BLOCK` of their sequences; `cache` is at this
+// head of block 0, `stride` the numbers from one block to the next.
 template <class E>
-static void attend_all(Query<E>* queries, int count, const typename E::T* keys,
-                       const typename E::T* values, size_t stride, int size) {
+static inline void attend_head(Query<E>* queries, int count, const typename E::T* cache,
+                               size_t stride, int start, int size) {
+    for (int n = 0; n < count;) {
+        if (queries[n].keys <= start) {
+            ++n;
+            continue;
+        }
+        const int block = queries[n].table[start / BLOCK];
+        int end = n + 1;
+        while (end < count && end - n < QUERIES && queries[end].keys > start &&
+               queries[end].table[start / BLOCK] == block)
+            ++end;
+        const auto* k = cache + block * stride;
+        const auto* v = k + BLOCK * size;
+        const typename E::T* next = nullptr;
+        if (start + BLOCK < queries[n].keys) next = cache + queries[n].table[start / BLOCK + 1] * stride;
+        switch (end - n) {
+            case 1: attend<E, 1>(queries + n, k, v, start, size, next); break;
+            case 2: attend<E, 2>(queries + n, k, v, start, size, next); break;
+            case 3: attend<E, 3>(queries + n, k, v, start, size, next); break;
+            case 4: attend<E, 4>(queries + n, k, v, start, size, next); break;
+            case 5: attend<E, 5>(queries + n, k, v, start, size, next); break;
+            default: attend<E, 6>(queries + n, k, v, start, size, next);
+        }
+        n = end;
+    }
+}
+
+// `heads` KV heads with `count` queries each, over all their keys. Ends with the weighted mean in
+// each query's `sum`.
+template <class E>
+static void attend_all(Query<E>* queries, int heads, int count, const typename E::T* cache,
+                       size_t stride, int size) {
     int most = 0;
-    for (int n = 0; n < count; ++n) {
+    for (int n = 0; n < heads * count; ++n) {
         queries[n].highest = -INFINITY;
         queries[n].total = vec{};
-        for (int d = 0; d < size; ++d) queries[n].sum[d] = 0;
+        for (int d = 0; d < size; d += LANES) store(queries[n].sum + d, vec{});
         if (queries[n].keys > most) most = queries[n].keys;
     }
-    for (int start = 0; start < most; start += BLOCK) {
-        for (int n = 0; n < count;) {
-            if (queries[n].keys <= start) {
-                ++n;
-                continue;
-            }
-            const int block = queries[n].table[start / BLOCK];
-            int end = n + 1;
-            while (end < count && queries[end].keys > start &&
-                   queries[end].table[start / BLOCK] == block)
-                ++end;
-            const auto* k = keys + block * stride;
-            const auto* v = values + block * stride;
-            const int after = start + 2 * BLOCK < queries[n].keys ? queries[n].table[start / BLOCK + 2] : -1;
-            const auto* nk = after < 0 ? nullptr : keys + after * stride;
-            const auto* nv = after < 0 ? nullptr : values + after * stride;
-            switch (end - n) {
-                case 1: attend<E, 1>(queries + n, k, v, start, size, nk, nv); break;
-                case 2: attend<E, 2>(queries + n, k, v, start, size, nk, nv); break;
-                case 3: attend<E, 3>(queries + n, k, v, start, size, nk, nv); break;
-                case 4: attend<E, 4>(queries + n, k, v, start, size, nk, nv); break;
-                case 5: attend<E, 5>(queries + n, k, v, start, size, nk, nv); break;
-                default: attend<E, 6>(queries + n, k, v, start, size, nk, nv);
-            }
-            n = end;
-        }
-    }
-    for (int n = 0; n < count; ++n) {
+    for (int start = 0; start < most; start += BLOCK)
+        for (int h = 0; h < heads; ++h)
+            attend_head(queries + h * count, count, cache + (size_t)h * 2 * BLOCK * size, stride, start, size);
+    for (int n = 0; n < heads * count; ++n) {
         const vec total = splat(sum(queries[n].total));
         for (int d = 0; d < size; d += LANES) store(queries[n].sum + d, load(queries[n].sum + d) / total);
     }

@@ -10,7 +10,7 @@ namespace nightherd {
 struct Layer {
     const float *input_norm, *qkv_bias, *q_norm, *k_norm, *o_bias, *post_norm, *gate_up_bias, *down_bias;
     const void *qkv, *o, *gate_up, *down;  // packed
-    void *keys, *values;                   // the KV cache
+    void* cache;                           // of keys and values
 };
 
 struct Model {
@@ -72,16 +72,17 @@ class TypedRunner : public Runner {
         rows_each([this](int row) { embed(row); });
         for (int i = 0; i < m.layers; ++i) {
             const Layer& layer = layers[i];
-            rows_each([&](int row) {
-                fetch_cache(layer, row);
-                norm(row, layer.input_norm, row);
-            });
+            rows_each([&](int row) { norm(row, layer.input_norm, row); });
             linear(matrix(layer.qkv, layer.qkv_bias, qkv_wide, m.hidden), normed.data(), wide, s->rows,
                    [this](int row, int panel, vec* sums) {
                        float* to = &fused[(size_t)row * qkv_wide + panel * PANEL];
                        for (int c = 0; c < 4; ++c) store(to + c * LANES, sums[c]);
                    });
-            rows_each([&](int row) { rotate(layer, row); });
+            rows_each([&](int row) {
+                // What this thread most likely comes to next.
+                if (row + GROUP * m.threads < s->rows) fetch_cache(layer, row + GROUP * m.threads);
+                rotate(layer, row);
+            });
             attention(layer);
             linear(matrix(layer.o, layer.o_bias, wide, query_width), mixed.data(), q_wide, s->rows,
                    [this](int row, int panel, vec* sums) { add(row, panel, sums); });
@@ -191,13 +192,17 @@ class TypedRunner : public Runner {
         }
     }
 
-    // Where a row's keys will be written: many cache lines, far apart.
+    // Where a row's keys and values will be written: many cache lines, far apart.
     void fetch_cache(const Layer& layer, int row) const {
-        const int position = s->positions[row], size = m.head_dim;
+        const int position = s->positions[row], size = m.head_dim, place = position % BLOCK;
         const int block = s->tables[(size_t)s->slots[row] * s->table_width + position / BLOCK];
-        const T* keys = (const T*)layer.keys + (size_t)block * m.kv_heads * BLOCK * size +
-                        position % BLOCK * E::PER;
-        for (int i = 0; i < m.kv_heads * size; i += E::PER) __builtin_prefetch(keys + i * BLOCK, 1, 2);
+        const T* keys = (const T*)layer.cache + (size_t)block * m.kv_heads * 2 * BLOCK * size;
+        for (int h = 0; h < m.kv_heads; ++h, keys += 2 * BLOCK * size) {
+            for (int i = 0; i < size; i += E::PER)
+                __builtin_prefetch(keys + i * BLOCK + place * E::PER, 1);
+            const T* values = keys + BLOCK * size + (size_t)(place / E::PER) * size * E::PER;
+            for (size_t i = 0; i < size * E::PER; i += 64 / sizeof(T)) __builtin_prefetch(values + i, 1);
+        }
     }
 
     // A row's queries, turned and scaled; its keys and values, into the cache.
@@ -218,9 +223,8 @@ class TypedRunner : public Runner {
             float* key = from + query_width + h * size;
             const float* value = from + query_width + kv_width + h * size;
             turn(key, layer.k_norm, position, 1.0f);
-            const size_t at = ((size_t)block * m.kv_heads + h) * BLOCK * size;
-            T* keys = (T*)layer.keys + at;
-            T* values = (T*)layer.values + at + (size_t)(place / E::PER) * size * E::PER;
+            T* keys = (T*)layer.cache + ((size_t)block * m.kv_heads + h) * 2 * BLOCK * size;
+            T* values = keys + BLOCK * size + (size_t)(place / E::PER) * size * E::PER;
             alignas(64) T rounded[MAX_HEAD_DIM];
             for (int i = 0; i < size; i += LANES) E::write(rounded + i, load(key + i));
             for (int i = 0; i < size; i += E::PER)
@@ -240,38 +244,46 @@ class TypedRunner : public Runner {
 
     void attention(const Layer& layer) {
         const int group = m.heads / m.kv_heads;
-        const int rows_together = std::max(1, QUERIES / group);
-        const int parts = (group + QUERIES - 1) / QUERIES;
-        const int tiles = (s->rows + rows_together - 1) / rows_together;
-        pool.each(tiles * m.kv_heads * parts, [&](int task) {
-            const int kv_head = task / parts % m.kv_heads, part = task % parts;
+        const int together = std::max(1, QUERIES / group);  // rows of one task
+        const int tiles = (s->rows + together - 1) / together;
+        // All heads in one task where there are tasks enough for all threads.
+        int parts = 1;
+        while (parts < m.kv_heads && tiles * parts < 4 * m.threads) ++parts;
+        const int heads = (m.kv_heads + parts - 1) / parts;
+        pool.each(tiles * parts, [&](int task) {
+            const int head = task % parts * heads;
             // From the end: the last rows are prefills, whose tasks are long.
-            const int tile = tiles - 1 - task / parts / m.kv_heads;
-            attention_of(layer, tile * rows_together, std::min(s->rows, (tile + 1) * rows_together),
-                         kv_head, part * QUERIES, std::min(group, (part + 1) * QUERIES));
+            const int first = (tiles - 1 - task / parts) * together;
+            attention_of(layer, first, std::min(s->rows, first + together), head,
+                         std::min(m.kv_heads, head + heads));
         });
     }
 
-    void attention_of(const Layer& layer, int first, int last, int kv_head, int from, int to) {
-        alignas(64) float sums[QUERIES][MAX_HEAD_DIM];
-        Query<E> group[QUERIES];
-        T* out[QUERIES];
-        const int size = m.head_dim, heads = m.heads / m.kv_heads;
-        int count = 0;
-        for (int row = first; row < last; ++row)
-            for (int h = from; h < to; ++h, ++count) {
-                const size_t at = (size_t)row * q_wide + (kv_head * heads + h) * size;
-                out[count] = &mixed[at];
-                group[count].vector = &queries[at];
-                group[count].table = s->tables + (size_t)s->slots[row] * s->table_width;
-                group[count].keys = s->positions[row] + 1;
-                group[count].sum = sums[count];
-            }
-        const size_t stride = (size_t)m.kv_heads * BLOCK * size;
-        const size_t head = (size_t)kv_head * BLOCK * size;
-        attend_all<E>(group, count, (const T*)layer.keys + head, (const T*)layer.values + head, stride, size);
-        for (int n = 0; n < count; ++n)
-            for (int i = 0; i < size; i += LANES) E::write(out[n] + i, load(sums[n] + i));
+    // Rows [first, last) with the KV heads [from, to).
+    void attention_of(const Layer& layer, int first, int last, int from, int to) {
+        static thread_local std::vector<float> sums;
+        static thread_local std::vector<Query<E>> queries_of;
+        const int size = m.head_dim, group = m.heads / m.kv_heads, count = (last - first) * group;
+        if (from >= to) return;
+        sums.resize((size_t)m.heads * std::max(1, QUERIES / group) * size);
+        queries_of.resize((size_t)m.heads * std::max(1, QUERIES / group));
+        int n = 0;
+        for (int head = from; head < to; ++head)
+            for (int row = first; row < last; ++row)
+                for (int h = head * group; h < (head + 1) * group; ++h, ++n) {
+                    Query<E>& query = queries_of[n];
+                    query.vector = &queries[(size_t)row * q_wide + h * size];
+                    query.table = s->tables + (size_t)s->slots[row] * s->table_width;
+                    query.keys = s->positions[row] + 1;
+                    query.sum = &sums[(size_t)n * size];
+                }
+        const size_t stride = (size_t)m.kv_heads * 2 * BLOCK * size;
+        attend_all<E>(queries_of.data(), to - from, count,
+                      (const T*)layer.cache + (size_t)from * 2 * BLOCK * size, stride, size);
+        for (int i = 0; i < n; ++i) {
+            T* out = &mixed[queries_of[i].vector - queries.data()];
+            for (int d = 0; d < size; d += LANES) E::write(out + d, load(queries_of[i].sum + d));
+        }
     }
 
     Model m;

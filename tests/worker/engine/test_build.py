@@ -1,0 +1,216 @@
+"""Which engine a model gets, what is said about it, and how much memory it takes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nightherd.errors import CheckpointError
+from tests.checkpoints import tiny_llama
+from tests.engines import VOCAB, ask, tokens
+from worker.engine import cpu_library
+from worker.engine.build import EngineOptions, build_engine
+from worker.engine.cpu_library import LibraryError, load_library
+from worker.engine.interface import Engine
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def build(model: Any, kernels: Path) -> Iterator[Callable[..., Engine]]:
+    made: list[Engine] = []
+
+    def make(given: Any = model, *, available: int = GIB, **options: Any) -> Engine:
+        folder = options.pop("library_folder", kernels)
+        engine = build_engine(
+            copy.deepcopy(given),
+            vocab_size=VOCAB,
+            context_length=256,
+            device=torch.device("cpu"),
+            available=available,
+            library_folder=folder,
+            options=EngineOptions(**options),
+        )
+        made.append(engine)
+        engine.start()
+        return engine
+
+    yield make
+    for engine in made:
+        engine.stop()
+
+
+def test_the_kernels_are_the_first_choice(
+    build: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        engine = build(max_batch=5, budget=9, threads=1)
+    assert engine.name == "kernels"
+    said = caplog.records[-1].message
+    assert "5 sequences at once, 9 rows a step, 1 threads" in said
+    assert len(tokens(engine, ask())[0]) == 12
+
+
+def test_without_a_compiler_plain_torch_computes_the_same(
+    build: Callable[..., Engine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    wanted = tokens(build(), ask(temperature=1.0))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    engine = build(library_folder=tmp_path / "none")
+    assert engine.name == "torch"
+    warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert "no C++ compiler" in warnings[0]
+    assert "nightherd doctor" in warnings[0]
+    assert tokens(engine, ask(temperature=1.0)) == wanted
+    with pytest.raises(CheckpointError, match="kernels cannot be used"):
+        build(kind="kernels", library_folder=tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"head_dim": 24}, "heads are of 24"), ({"hidden_size": 72, "head_dim": 32}, "its width, 72")],
+)
+def test_a_shape_that_the_kernels_lack(
+    changes: dict[str, Any],
+    reason: str,
+    build: Callable[..., Engine],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = build(tiny_llama(**changes))
+    assert engine.name == "torch"
+    assert reason in caplog.text
+    assert len(tokens(engine, ask())[0]) == 12
+
+
+def test_an_architecture_that_is_not_covered(
+    build: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 512, "n_positions": 256, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    model: Any = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+    model.config.max_position_embeddings = 256
+    engine = build(model)
+    assert engine.name == "generate"
+    assert "gpt2" in caplog.text
+    assert len(tokens(engine, ask())[0]) == 12
+    with pytest.raises(CheckpointError, match="does not cover"):
+        build(model, kind="kernels")
+
+
+def test_a_window_of_attention_is_not_covered(
+    build: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    for window, name in ((64, "generate"), (None, "kernels")):
+        config = MistralConfig(**sizes, **heads, sliding_window=window)
+        model: Any = MistralForCausalLM(config).eval()
+        assert build(model).name == name
+
+
+def test_memory_for_the_cache(
+    build: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    # 2 × 3 layers × 2 heads × 32 numbers × 4 bytes × 32 positions a block.
+    block = 2 * 3 * 2 * 32 * 4 * 32
+    caplog.set_level(logging.INFO)
+    build(kv_memory=20 * block)
+    assert "a KV cache of 640 tokens" in caplog.text
+    build(available=40 * block)
+    assert "a KV cache of 320 tokens" in caplog.text
+    build(max_batch=3)
+    assert "a KV cache of 768 tokens" in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    build(kv_memory=3 * block)
+    assert "fewer than the checkpoint's context of 256" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{"kv_memory": 1000}, {"kv_memory": 10**5, "context": 256}])
+def test_too_little_memory_is_one_line(
+    build: Callable[..., Engine], options: dict[str, Any]
+) -> None:
+    with pytest.raises(CheckpointError, match="give more with --kv-memory"):
+        build(**options)
+
+
+def test_a_smaller_context_is_kept(build: Callable[..., Engine]) -> None:
+    engine = build(context=20)
+    (future,) = engine.add(ask((3,) * 15, max_new_tokens=6)).futures
+    assert future.result(20).error_code == "context_length_exceeded"
+    assert len(tokens(engine, ask((3,) * 15, max_new_tokens=5))[0]) == 5
+
+
+# The library.
+
+
+def test_many_workers_compile_it_once(tmp_path: Path) -> None:
+    """And one that is killed in the middle leaves nothing that another could take for it."""
+    code = (
+        "import sys; from pathlib import Path; from worker.engine.cpu_library import load_library; "
+        "print(load_library(Path(sys.argv[1]))._name)"
+    )
+    command = [sys.executable, "-P", "-c", code, str(tmp_path / "kernels")]
+    killed = subprocess.Popen(command, stdout=subprocess.PIPE)
+    while not list((tmp_path / "kernels").glob("compile-*")):
+        assert killed.poll() is None
+        threading.Event().wait(0.01)
+    killed.kill()
+    killed.communicate()
+    assert not list((tmp_path / "kernels").glob("*.so"))
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    names = {process.communicate(timeout=120)[0] for process in processes}
+    assert len(names) == 1
+    assert names == {f"{path}\n" for path in (tmp_path / "kernels").glob("*.so")}
+
+
+def test_a_compiler_that_fails_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\necho 'step.cpp:1:1: error: no such header' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(LibraryError, match=r"broken-c\+\+ fails on the kernels: .*no such header"):
+        load_library(tmp_path / "kernels")
+    assert [path.name for path in (tmp_path / "kernels").iterdir()] == ["compile.lock"]
+
+
+def test_another_cpu_or_source_is_another_library(
+    kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = cpu_library.find_compiler()
+    assert compiler is not None
+    names = {cpu_library._fingerprint(compiler)}
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_library, "_cpu", lambda: "another")
+        names.add(cpu_library._fingerprint(compiler))
+    (tmp_path / "step.cpp").write_text("other")
+    monkeypatch.setattr(cpu_library, "SOURCES", tmp_path)
+    names.add(cpu_library._fingerprint(compiler))
+    assert len(names) == 3
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    place = tmp_path / "file"
+    place.touch()
+    with pytest.raises(LibraryError, match="cannot be written"):
+        load_library(place / "kernels")
+    assert os.path.isfile(place)
