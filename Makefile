@@ -7,7 +7,7 @@ EXAMPLE := examples/prompts.jsonl
 DEMO_RESULTS := build/demo-results.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs clean
+.PHONY: help demo test lint format docs peers clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,18 @@ format: $(VENV)/.dev  ## Put the code into shape
 
 docs: $(VENV)/.dev  ## Write the generated pages: docs/cli.md, docs/settings.md
 	$(BIN)/python scripts/make_docs.py
+
+# Each peer in an environment of its own; torchvision and the like do not import beside a `+cpu` torch.
+peers:  ## Install the engines that benchmarks/ compares with (gigabytes)
+	@for peer in vllm openvino; do \
+		own=build/peers/$$peer; \
+		$(PYTHON) -m venv $$own && \
+		$$own/bin/python -m pip --disable-pip-version-check install -qq -r benchmarks/peers/$$peer.txt && \
+		$$own/bin/python -m pip --disable-pip-version-check uninstall -qq --yes \
+			torchvision torchaudio torchcodec && \
+		touch $$own/.installed && echo "$$peer: installed in $$own" || \
+		{ echo "$$peer: cannot be installed here, benchmarks skip it"; rm -f $$own/.installed; }; \
+	done
 
 clean:  ## Remove what make made (not your data folder)
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

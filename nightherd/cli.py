@@ -44,6 +44,7 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "workers": Entry("producer.commands.workers:workers", "List live workers."),
         "beat": Entry("producer.commands.beat:beat", "Run the housekeeping tick."),
         "doctor": Entry("worker.commands.doctor:doctor", "Check whether a job could run."),
+        "bench": Entry("worker.commands.bench:bench", "Measure a checkpoint's speed here."),
     },
     "Set-up": {
         "checkpoint": Entry(

@@ -1,0 +1,24 @@
+"""No engine: the rate of the machine's fastest matrix product of a shape, in FLOP a second."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def main(fields: dict[str, object], result: Path) -> None:
+    import torch
+
+    from worker.bench import matrix_rate
+
+    torch.set_num_threads(int(str(fields["threads"])))
+    matrices = [(int(inputs), int(outputs)) for inputs, outputs in fields["matrices"]]  # type: ignore[attr-defined]
+    dtype = getattr(torch, str(fields["dtype"]))
+    rate = matrix_rate(matrices, dtype, torch.device(str(fields["device"])), seconds=0.1)
+    result.write_text(json.dumps({"flops": rate}))
+
+
+if __name__ == "__main__":
+    task = json.loads(Path(sys.argv[1]).read_text())
+    main(task, Path(task["result"]))

@@ -1,0 +1,110 @@
+"""What all drivers share: the task, the clock, the result. Nothing but the standard library.
+
+A driver runs in the peer's own environment: `python drive_NAME.py TASK.json`. It loads, warms up,
+answers all requests as fast as it can, and writes the task's `result` file.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Lengths = Sequence[int]
+"""Tokens generated, request by request."""
+
+
+class Task:
+    """What a driver is asked to do."""
+
+    def __init__(self, path: Path) -> None:
+        fields = json.loads(path.read_text())
+        self.checkpoint = Path(fields["checkpoint"])
+        self.dtype: str = fields["dtype"]
+        """`bfloat16` or `float32`."""
+        self.device: str = fields["device"]
+        self.threads: int = fields["threads"]
+        self.context: int = fields["context"]
+        self.kv_bytes: int = fields["kv_bytes"]
+        self.kv_bytes_per_token: int = fields["kv_bytes_per_token"]
+        self.temperature: float = fields["temperature"]
+        self.top_p: float = fields["top_p"]
+        self.top_k: int = fields["top_k"]
+        self.schema: dict[str, Any] | None = fields["schema"]
+        self.requests: list[dict[str, Any]] = fields["requests"]
+        self.warm_up: list[dict[str, Any]] = fields["warm_up"]
+        self.options: dict[str, Any] = fields["options"]
+        self.cache = Path(fields["cache"])
+        self.result = Path(fields["result"])
+        self.started = time.monotonic()
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def option(self, name: str, default: Any) -> Any:
+        """An option of the engine (`--set ENGINE.NAME=VALUE`)."""
+        return self.options.pop(name, default)
+
+    def measure(
+        self,
+        generate: Callable[[list[dict[str, Any]]], Lengths],
+        settings: dict[str, Any],
+        more: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        """Warms up, measures and writes the result; every length must be what was asked for."""
+        if self.options:
+            raise SystemExit(f"unknown options: {', '.join(self.options)}")
+        loaded = time.monotonic()
+        generate(self.warm_up)
+        started = time.monotonic()
+        lengths = generate(self.requests)
+        seconds = time.monotonic() - started
+        for place, (request, length) in enumerate(zip(self.requests, lengths, strict=True)):
+            if length != request["out"]:
+                raise SystemExit(f"request {place}: {length} tokens instead of {request['out']}")
+        result = {
+            "tokens": sum(lengths),
+            "seconds": seconds,
+            "tokens_per_second": sum(lengths) / seconds,
+            "load_seconds": loaded - self.started,
+            "warm_up_seconds": started - loaded,
+            "peak_bytes": _peak(),
+            "settings": settings,
+            **more(),
+        }
+        self.result.write_text(json.dumps(result))
+
+
+def task() -> Task:
+    """The task that the command line names."""
+    return Task(Path(sys.argv[1]))
+
+
+def _peak() -> int:
+    """The peaks of resident memory of this process and of all below it, added up."""
+    waiting, total = ["self"], 0
+    while waiting:
+        process = Path("/proc") / waiting.pop()
+        try:
+            status = (process / "status").read_text()
+            for thread in (process / "task").iterdir():
+                waiting += (thread / "children").read_text().split()
+        except OSError:  # it has just ended
+            continue
+        for line in status.splitlines():
+            if line.startswith("VmHWM:"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+def torch_facts(device: str) -> dict[str, Any]:
+    """The peak of the card's memory, where there is a card."""
+    if not device.startswith("cuda"):
+        return {}
+    import torch
+
+    return {"peak_device_bytes": int(torch.cuda.max_memory_reserved())}

@@ -1,0 +1,308 @@
+"""How fast an engine is here, and how fast this machine could be at most.
+
+The limit counts the matrices alone (2 FLOP a weight and token), at the rate of the fastest matrix
+product of the same shapes; a step of few rows is held up by reading the weights.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from nightherd.errors import CheckpointError
+from nightherd.params import SamplingParams
+from worker.engine.engine import BatchEngine
+from worker.engine.interface import Engine, EngineRequest, StopCheck
+from worker.engine.scheduler import Scheduler
+from worker.engine.weights import Shape
+
+BATCHES = (1, 16, 64, 128)
+_ROWS = (64, 128, 256)
+"""Of a matrix product whose rate is the limit."""
+_MOST_PROMPTS = 1024
+_PROMPT, _SHORT_PROMPT = 512, 64
+_LEAST_TOKENS = 16
+_PATIENCE = 600.0
+"""Seconds after which a measurement is given up."""
+_NEARLY = 0.97
+"""A smaller batch or budget that reaches so much of the best is better: less waits for a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the machine can do."""
+
+    flops: float
+    """Of matrix products, a second."""
+    bandwidth: float
+    """Bytes read a second, from a memory as large as the weights."""
+    weights: int
+    """That a token is multiplied with, the output layer included."""
+    output_weights: int
+    weight_bytes: int
+
+    def decode(self, batch: int) -> float:
+        """Tokens a second of so many sequences, one token each a step."""
+        by_rate = self.flops / (2 * self.weights)
+        by_memory = batch * self.bandwidth / self.weight_bytes
+        return min(by_rate, by_memory)
+
+    @property
+    def prefill(self) -> float:
+        """Prompt tokens a second; only the last of a prompt needs the output layer."""
+        return self.flops / (2 * (self.weights - self.output_weights))
+
+
+@dataclass(slots=True)
+class Report:
+    """What `nightherd bench` has measured, in tokens a second."""
+
+    limits: Limits
+    prefill: dict[int, float] = field(default_factory=dict)
+    """By token budget."""
+    decode: dict[int, float] = field(default_factory=dict)
+    """By batch."""
+
+    @property
+    def best_budget(self) -> int:
+        return _smallest_of_the_best(self.prefill)
+
+    @property
+    def best_batch(self) -> int:
+        return _smallest_of_the_best(self.decode)
+
+
+def _smallest_of_the_best(rates: dict[int, float]) -> int:
+    most = max(rates.values())
+    return min(size for size, rate in rates.items() if rate >= _NEARLY * most)
+
+
+# The machine.
+
+
+def limits(shape: Shape, dtype: torch.dtype, device: torch.device) -> Limits:
+    """Measures a machine for a model's shape, in about two seconds."""
+    weight_bytes = shape.linear_weights * dtype.itemsize
+    matrices = (
+        (shape.hidden, shape.query_width + 2 * shape.kv_width),
+        (shape.query_width, shape.hidden),
+        (shape.hidden, 2 * shape.intermediate),
+        (shape.intermediate, shape.hidden),
+    )
+    return Limits(
+        flops=matrix_rate(matrices, dtype, device),
+        bandwidth=_bandwidth(weight_bytes, device),
+        weights=shape.linear_weights,
+        output_weights=shape.hidden * shape.vocab_rows,
+        weight_bytes=weight_bytes,
+    )
+
+
+@torch.inference_mode()
+def matrix_rate(
+    matrices: Iterable[tuple[int, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    seconds: float = 0.04,
+) -> float:
+    """FLOP a second of the fastest product with a matrix of these [inputs, outputs], at 64 to 256
+    rows; each is tried for so many seconds."""
+    best = 0.0
+    for inputs, outputs in matrices:
+        weight = torch.randn(outputs, inputs, device=device).to(dtype)
+        for rows in _ROWS:
+            x = torch.randn(rows, inputs, device=device).to(dtype)
+            for product in _products(x, weight):
+                best = max(best, 2 * rows * inputs * outputs / _time(product, device, seconds))
+    return best
+
+
+def _products(x: torch.Tensor, weight: torch.Tensor) -> Iterator[Callable[[], object]]:
+    """The ways to multiply rows with a matrix [outputs, inputs] that may be the fastest."""
+    yield lambda: torch.mm(x, weight.t())
+    transposed = weight.t().contiguous()
+    yield lambda: torch.mm(x, transposed)
+    if x.device.type == "cpu":
+        # Weights in the order that oneDNN likes; private, so it may be gone.
+        try:
+            ops: Any = torch.ops.mkldnn
+            packed = ops._reorder_linear_weight(weight.to_mkldnn(), x.shape[0])
+            ops._linear_pointwise(x, packed, None, "none", [], "")
+        except (RuntimeError, AttributeError, TypeError, NotImplementedError):
+            return
+        yield lambda: ops._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def _bandwidth(size: int, device: torch.device) -> float:
+    """Bytes a second that are read from a memory of about so many bytes."""
+    size = min(max(size, 1 << 20), 1 << 28)
+    memory = torch.ones(size // 4, device=device)
+    return memory.numel() * 4 / _time(memory.sum, device, 0.3)
+
+
+def _time(work: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Seconds that some work takes, the least of what about so many seconds allow."""
+
+    def once() -> float:
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    once()
+    best, end = once(), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        best = min(best, once())
+    return best
+
+
+# The engine.
+
+
+class Bench:
+    """Measures a started engine that nobody else uses."""
+
+    def __init__(self, engine: Engine, vocab_size: int, context: int) -> None:
+        """Raises `CheckpointError` for an engine that has no steps to measure."""
+        if not isinstance(engine, BatchEngine):
+            raise CheckpointError(
+                "this checkpoint runs by transformers' generate, which has no batch or budget to "
+                "choose; nightherd bench measures the engine"
+            )
+        self._engine = engine
+        self._scheduler: Scheduler = engine._scheduler
+        self._vocab_size = vocab_size
+        self._context = min(context, self._room(1))
+        self._random = random.Random(0)  # noqa: S311 - token ids to measure with
+
+    def fits(self, batch: int) -> bool:
+        """Whether the KV cache has room for so many sequences, long enough to measure."""
+        least = min(self._context, _SHORT_PROMPT + _LEAST_TOKENS)
+        return batch <= self._scheduler.max_sequences and self._room(batch) >= least
+
+    def warm_up(self) -> None:
+        """First steps are slow ones: of one row, and of many."""
+        length = min(_SHORT_PROMPT, self._context // 2)
+        self._generate(4, length, min(4, self._context - length), None)
+
+    def prefill(self, budget: int, seconds: float) -> float:
+        """Prompt tokens a second in steps of so many rows."""
+        self._scheduler.budget = budget
+        length = min(_PROMPT, self._context - 1)
+        taken = self._generate(1, length, 1, None)
+        count = max(1, min(int(seconds / taken), _MOST_PROMPTS))
+        taken = self._generate(count, length, 1, None)
+        return count * length / taken
+
+    def decode(self, batch: int, seconds: float) -> float:
+        """Tokens a second of so many sequences that all decode."""
+        length = min(_SHORT_PROMPT, self._context // 2)
+        most = min(self._context, self._room(batch)) - length
+        meter = _Meter(batch, seconds)
+        self._generate(batch, length, max(2, most), meter.check)
+        return meter.rate
+
+    def _room(self, batch: int) -> int:
+        """Positions that each of so many sequences can have in the KV cache."""
+        blocks = self._scheduler.blocks
+        return blocks.num_blocks // batch * blocks.block_size
+
+    def _generate(
+        self, count: int, prompt: int, out: int, check: Callable[[], StopCheck] | None
+    ) -> float:
+        """Runs requests of random tokens; returns the seconds from the first step to the end."""
+        greedy = SamplingParams(temperature=0)
+        generations = [
+            self._engine.add(
+                EngineRequest(
+                    prompt_token_ids=self._tokens(prompt),
+                    params=greedy,
+                    seeds=(0,),
+                    max_new_tokens=out,
+                    make_stop_check=check,
+                )
+            )
+            for _ in range(count)
+        ]
+        try:
+            outputs = [one.futures[0].result(_PATIENCE) for one in generations]
+        except TimeoutError:
+            self._engine.abort(generations)
+            raise CheckpointError(
+                f"no measurement within {_PATIENCE:.0f} s: this machine is too slow for it"
+            ) from None
+        for output in outputs:
+            if output.finish_reason not in ("stop", "length"):
+                reason = output.error_message or self._engine.broken or output.finish_reason
+                raise CheckpointError(f"the engine failed: {reason}")
+        started = min(output.started for output in outputs)
+        return max(output.finished for output in outputs) - started
+
+    def _tokens(self, count: int) -> tuple[int, ...]:
+        return tuple(self._random.choices(range(self._vocab_size), k=count))
+
+
+class _Meter:
+    """Counts tokens from the step on in which the last sequence has begun, until time is over.
+
+    The engine's thread feeds it, step by step, so that its times are those of the steps.
+    """
+
+    def __init__(self, sequences: int, seconds: float) -> None:
+        self._missing = sequences
+        self._seconds = seconds
+        self._begin = 0.0
+        self._last = 0.0
+        self._tokens = 0
+
+    @property
+    def rate(self) -> float:
+        return self._tokens / (self._last - self._begin) if self._last > self._begin else 0.0
+
+    def check(self) -> StopCheck:
+        """Makes the stop check of one sequence."""
+        begun = False
+
+        def take(token_id: int) -> bool:
+            nonlocal begun
+            now = time.perf_counter()
+            if not begun:
+                begun = True
+                self._missing -= 1
+                self._begin = now
+                return False
+            if self._missing:
+                return False
+            self._tokens += 1
+            self._last = now
+            return now - self._begin > self._seconds
+
+        return take
+
+
+def measure(
+    bench: Bench,
+    found: Limits,
+    budgets: Sequence[int],
+    seconds: float,
+    say: Callable[[str], None],
+) -> Report:
+    """Measures everything, in about so many seconds; `say` is told what comes next."""
+    report = Report(found)
+    batches = [batch for batch in BATCHES if bench.fits(batch)]
+    each = seconds / (len(budgets) + len(batches) + 1)
+    say("warming up")
+    bench.warm_up()
+    for budget in budgets:
+        say(f"prefill, {budget} tokens a step")
+        report.prefill[budget] = bench.prefill(budget, each)
+    for batch in batches:
+        say(f"decode, {batch} at once")
+        report.decode[batch] = bench.decode(batch, each)
+    return report

@@ -1,0 +1,195 @@
+"""`nightherd bench`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from producer.commands.common import json_option, notice, print_json, table
+from worker.commands.worker import SizeOption
+
+if TYPE_CHECKING:
+    import torch
+
+    from nightherd.settings import Settings
+    from worker.bench import Report
+
+_BUDGETS = {"cpu": (128, 256, 512), "cuda": (1024, 2048, 4096)}
+_MAX_BATCH = 128
+
+
+@click.command()
+@click.option(
+    "--checkpoint",
+    required=True,
+    metavar="PATH|NAME",
+    help="A folder, `org/name[@revision]` on the Hub, or `demo`.",
+)
+@click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda:N", help="Where to run."
+)
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    help="Weights' type; auto: bfloat16 where the device computes in it, else float32.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads, on a CPU; a setting too.")
+@click.option(
+    "--kv-memory", type=SizeOption(), help="Memory of the KV cache, as 2GiB; a setting too."
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0.1, max=3600),
+    default=16.0,
+    show_default=True,
+    help="How long to measure, beside the load.",
+)
+@json_option
+def bench(
+    checkpoint: str,
+    device: str,
+    dtype: str,
+    threads: int | None,
+    kv_memory: int | None,
+    seconds: float,
+    as_json: bool,
+) -> None:
+    """Measure how fast a checkpoint generates here, and what the machine's limit is.
+
+    Prompt tokens a second in steps of several sizes, and generated tokens a second for 1, 16, 64
+    and 128 sequences at once; then the settings that suit this machine. The limit is that of the
+    matrices alone, at the rate of the fastest matrix product, and of reading all weights once a
+    step. Run it on a machine that does nothing else.
+
+    \b
+    Example:
+      nightherd bench --checkpoint demo
+      nightherd bench --checkpoint meta-llama/Llama-3.2-1B --dtype bfloat16 --json
+    """
+    from nightherd.settings import load_settings
+
+    changes = {"threads": threads, "kv_memory": kv_memory}
+    settings = load_settings().model_copy(
+        update={name: value for name, value in changes.items() if value is not None}
+    )
+    facts, report = _measure(checkpoint, device, dtype, settings, seconds)
+    if as_json:
+        print_json({**facts, **as_dict(report)})
+        return
+    click.echo("  ".join(str(fact) for fact in facts.values()))
+    click.echo(shown(report))
+
+
+def _measure(
+    checkpoint: str, device: str, dtype: str, settings: Settings, seconds: float
+) -> tuple[dict[str, Any], Report]:
+    """Loads the checkpoint and measures it; first what it is and where it runs."""
+    from nightherd.catalogue import checkpoint_key
+    from nightherd.errors import CheckpointError
+    from worker import bench as measuring
+    from worker import checkpoint as checkpoints
+    from worker.app import _kernel_folder
+    from worker.checkpoint.memory import available
+    from worker.engine.build import EngineOptions, build_engine
+    from worker.engine.weights import UnsupportedModelError, embedding, shape_of
+
+    key = checkpoint_key(checkpoint)
+    notice(f"loading {checkpoint}")
+    opened = checkpoints.open_checkpoint(key, device=device, dtype=dtype, home=settings.home)
+    model, text = opened.model, opened.text
+    place = model.device
+    _set_threads(place, settings.threads)
+    try:
+        shape = shape_of(model.model)
+    except UnsupportedModelError as error:
+        raise CheckpointError(f"the engine does not cover {checkpoint}: {error}") from None
+    notice("measuring the machine")
+    found = measuring.limits(shape, embedding(model.model).dtype, place)
+    budgets = _BUDGETS[place.type]
+    engine = build_engine(
+        model.model,
+        vocab_size=text.vocab_size,
+        context_length=text.context_length,
+        device=place,
+        available=available(place),
+        library_folder=_kernel_folder(settings),
+        options=EngineOptions(
+            kind=settings.engine,
+            max_batch=_MAX_BATCH,
+            budget=max(budgets),
+            kv_memory=settings.kv_memory,
+            threads=settings.threads,
+            prefix_cache=False,
+        ),
+    )
+    ready = measuring.Bench(engine, text.vocab_size, text.context_length)
+    facts = {
+        "checkpoint": checkpoint,
+        "device": checkpoints.device_name(place),
+        "dtype": model.dtype,
+        "engine": engine.name,
+    }
+    engine.start()
+    try:
+        return facts, measuring.measure(ready, found, budgets, seconds, notice)
+    finally:
+        engine.stop()
+
+
+def _set_threads(device: torch.device, threads: int | None) -> None:
+    """As many for the measurement of the machine as the engine will have."""
+    import os
+
+    import torch
+
+    if device.type == "cpu":
+        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+
+
+def as_dict(report: Report) -> dict[str, Any]:
+    """The report as JSON has it."""
+    limits = report.limits
+    return {
+        "prefill": [
+            {"token_budget": budget, "tokens_per_second": rate, "limit": limits.prefill}
+            for budget, rate in report.prefill.items()
+        ],
+        "decode": [
+            {"batch": batch, "tokens_per_second": rate, "limit": limits.decode(batch)}
+            for batch, rate in report.decode.items()
+        ],
+        "best": {"max_batch": report.best_batch, "token_budget": report.best_budget},
+        "machine": {"matrix_flops": limits.flops, "memory_bytes_per_second": limits.bandwidth},
+    }
+
+
+def shown(report: Report) -> str:
+    """The report for people."""
+    limits = report.limits
+    rows = [
+        (f"prefill, {budget} tokens a step", rate, limits.prefill, _share(rate, limits.prefill))
+        for budget, rate in report.prefill.items()
+    ]
+    rows += [
+        (f"decode, {batch} at once", rate, limits.decode(batch), _share(rate, limits.decode(batch)))
+        for batch, rate in report.decode.items()
+    ]
+    batch, budget = report.best_batch, report.best_budget
+    machine = (
+        f"this machine: {limits.flops / 1e9:,.0f} GFLOP/s in such matrices, "
+        f"{limits.bandwidth / 1e9:,.1f} GB/s read from memory as large as the weights"
+    )
+    return "\n".join(
+        (
+            table(rows, ("", "TOKENS/S", "LIMIT", "SHARE")),
+            f"best here: NIGHTHERD_MAX_BATCH={batch} NIGHTHERD_TOKEN_BUDGET={max(batch, budget)}",
+            machine,
+        )
+    )
+
+
+def _share(rate: float, limit: float) -> str:
+    return f"{rate / limit:.0%}"
