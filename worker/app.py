@@ -111,7 +111,7 @@ def load_checkpoint(options: WorkerOptions, settings: Settings) -> Loaded:
         device=model.device,
         available=available(model.device),
         pad_token_id=min(text.eos_token_ids, default=0),
-        library_folder=_kernel_folder(settings),
+        library_folder=kernel_folder(settings),
         options=EngineOptions(
             kind=settings.engine,
             max_batch=settings.max_batch,
@@ -125,7 +125,7 @@ def load_checkpoint(options: WorkerOptions, settings: Settings) -> Loaded:
     return Loaded(text, engine, {"id": provenance_id(facts), **facts})
 
 
-def _kernel_folder(settings: Settings) -> Path:
+def kernel_folder(settings: Settings) -> Path:
     """The cache folder, or the data folder where that cannot be written."""
     folder = settings.cache / "kernels"
     with contextlib.suppress(OSError):

@@ -176,7 +176,7 @@ class Bench:
                 "choose; nightherd bench measures the engine"
             )
         self._engine = engine
-        self._scheduler: Scheduler = engine._scheduler
+        self.scheduler: Scheduler = engine.scheduler
         self._vocab_size = vocab_size
         self._context = min(context, self._room(1))
         self._random = random.Random(0)  # noqa: S311 - token ids to measure with
@@ -184,7 +184,7 @@ class Bench:
     def fits(self, batch: int) -> bool:
         """Whether the KV cache has room for so many sequences, long enough to measure."""
         least = min(self._context, _SHORT_PROMPT + _LEAST_TOKENS)
-        return batch <= self._scheduler.max_sequences and self._room(batch) >= least
+        return batch <= self.scheduler.max_sequences and self._room(batch) >= least
 
     def warm_up(self) -> None:
         """First steps are slow ones: of one row, and of many."""
@@ -193,7 +193,7 @@ class Bench:
 
     def prefill(self, budget: int, seconds: float) -> float:
         """Prompt tokens a second in steps of so many rows."""
-        self._scheduler.budget = budget
+        self.scheduler.budget = budget
         length = min(_PROMPT, self._context - 1)
         taken = self._generate(1, length, 1, None)
         count = max(1, min(int(seconds / taken), _MOST_PROMPTS))
@@ -210,7 +210,7 @@ class Bench:
 
     def _room(self, batch: int) -> int:
         """Positions that each of so many sequences can have in the KV cache."""
-        blocks = self._scheduler.blocks
+        blocks = self.scheduler.blocks
         return blocks.num_blocks // batch * blocks.block_size
 
     def _generate(

@@ -91,7 +91,7 @@ def _measure(
     from nightherd.errors import CheckpointError
     from worker import bench as measuring
     from worker import checkpoint as checkpoints
-    from worker.app import _kernel_folder
+    from worker.app import kernel_folder
     from worker.checkpoint.memory import available
     from worker.engine.build import EngineOptions, build_engine
     from worker.engine.weights import UnsupportedModelError, embedding, shape_of
@@ -115,7 +115,7 @@ def _measure(
         context_length=text.context_length,
         device=place,
         available=available(place),
-        library_folder=_kernel_folder(settings),
+        library_folder=kernel_folder(settings),
         options=EngineOptions(
             kind=settings.engine,
             max_batch=_MAX_BATCH,

@@ -32,7 +32,7 @@ class BatchEngine:
         self.name = runner.name
         self.broken: str | None = None
         self._runner = runner
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self._context_length = context_length
         self._wake = threading.Condition()
         self._inbox: deque[Sample] = deque()
@@ -103,8 +103,8 @@ class BatchEngine:
             waiting = len(self._inbox)
         return EngineStats(
             steps=self._steps,
-            running=len(self._scheduler.running),
-            waiting=waiting + self._scheduler.waiting,
+            running=len(self.scheduler.running),
+            waiting=waiting + self.scheduler.waiting,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
             step_started=self._step_started,
@@ -146,7 +146,7 @@ class BatchEngine:
     def _take_in(self) -> bool:
         """Waits for work, takes in what is new and lets go what is aborted; False: to stop."""
         with self._wake:
-            if self._scheduler.idle and not self._inbox and not self._stopping:
+            if self.scheduler.idle and not self._inbox and not self._stopping:
                 self._step_started = None
                 self._wake.wait_for(lambda: self._stopping or self._inbox or self._aborted)
             if self._stopping:
@@ -158,13 +158,13 @@ class BatchEngine:
         for sample in new:
             if not sample.done:
                 self._samples.setdefault(id(sample.generation), []).append(sample)
-                self._scheduler.add(sample)
+                self.scheduler.add(sample)
         for generation in aborted:
             self._let_go(self._samples.get(id(generation), ()))
         return True
 
     def _advance(self) -> None:
-        if self._scheduler.idle:
+        if self.scheduler.idle:
             return
         self._step_started = time.monotonic()
         try:
@@ -177,7 +177,7 @@ class BatchEngine:
 
         Raises what the runner raises.
         """
-        plan = self._scheduler.plan()
+        plan = self.scheduler.plan()
         if not plan.spans:
             self._refuse_the_first()
             return []
@@ -190,7 +190,7 @@ class BatchEngine:
                 self._prompt_tokens += sample.prompt_length
                 self._begin(sample)
         choices = self._runner.execute(plan)
-        self._scheduler.advance(plan)
+        self.scheduler.advance(plan)
         place = 0
         ended: list[Sample] = []
         for span, sample in zip(plan.spans, samples, strict=True):
@@ -214,7 +214,7 @@ class BatchEngine:
 
     def _let_go(self, samples: Many[Sample]) -> None:
         samples = list(samples)
-        self._scheduler.remove(samples)
+        self.scheduler.remove(samples)
         for sample in samples:
             self._runner.forget(sample)
             siblings = self._samples.get(id(sample.generation))
@@ -225,7 +225,7 @@ class BatchEngine:
 
     def _refuse_the_first(self) -> None:
         """Nothing runs and yet the first one waiting has no room: it never will."""
-        sample = cast("Sample | None", self._scheduler.first_waiting())
+        sample = cast("Sample | None", self.scheduler.first_waiting())
         if sample is None:
             return
         room = self._runner.num_blocks * self._runner.block_size
@@ -259,8 +259,8 @@ class BatchEngine:
             len(suspects),
             one_line(error),
         )
-        self._scheduler.start_over()
-        parked = cast("list[Sample]", self._scheduler.drain())
+        self.scheduler.start_over()
+        parked = cast("list[Sample]", self.scheduler.drain())
         middle = (len(suspects) + 1) // 2
         for half in (suspects[:middle], suspects[middle:]):
             if self.broken is None and half and self._survives(half) is not None:
@@ -272,14 +272,14 @@ class BatchEngine:
         ended = [sample for sample in parked if sample.done]
         for sample in parked:
             if not sample.done:
-                self._scheduler.add(sample)
+                self.scheduler.add(sample)
         self._let_go(ended)
 
     def _survives(self, group: Many[Sample]) -> Exception | None:
         """Lets a group choose one token each, with nobody else; returns what went wrong."""
         for sample in group:
             if not sample.done:
-                self._scheduler.add(sample)
+                self.scheduler.add(sample)
         before = {id(sample): sample.length for sample in group}
         failure: Exception | None = None
         try:
@@ -291,8 +291,8 @@ class BatchEngine:
             failure = error
             if self._lost():
                 self._break(one_line(error))
-        self._scheduler.start_over()
-        self._scheduler.drain()
+        self.scheduler.start_over()
+        self.scheduler.drain()
         return failure
 
     def _lost(self) -> bool:

@@ -94,11 +94,11 @@ def check(engine: BatchEngine) -> None:
     """Nothing leaked: once idle, every block is free."""
     deadline = threading.Event()
     for _ in range(400):
-        if engine._scheduler.idle and not engine._samples:
+        if engine.scheduler.idle and not engine._samples:
             break
         deadline.wait(0.01)
-    engine._scheduler.check()
-    assert engine._scheduler.blocks.available == engine._scheduler.blocks.num_blocks
+    engine.scheduler.check()
+    assert engine.scheduler.blocks.available == engine.scheduler.blocks.num_blocks
     assert engine._samples == {}
 
 
@@ -257,7 +257,7 @@ def test_preemption_happens_and_changes_nothing(batch_engines: Make) -> None:
     wanted = tokens(batch_engines(), *requests)
     tight = batch_engines(blocks=9)
     assert tokens(tight, *requests) == wanted
-    assert tight._scheduler.preemptions > 0
+    assert tight.scheduler.preemptions > 0
     check(tight)
 
 

@@ -87,8 +87,7 @@ static inline bool finite(const float* values, int size) {
         const vec v = load(values + i);
         bad |= ~(v < splat(INFINITY));
     }
-    for (int lane = 0; lane < LANES; ++lane)
-        if (bad[lane]) return false;
+    if (any(bad)) return false;
     for (; i < size; ++i)
         if (!(values[i] < INFINITY)) return false;
     return true;
@@ -150,8 +149,18 @@ static inline int bin_of(float below) {
 static void sorted_bin(const float* logits, int size, float most, float least, int bin,
                        std::vector<float>& out) {
     out.clear();
-    for (int id = 0; id < size; ++id)
-        if (logits[id] >= least && bin_of(most - logits[id]) == bin) out.push_back(logits[id]);
+    // Sixteen at a time that may be in the bin; which are, `bin_of` says.
+    const float slack = 2.0f / BINS_PER_UNIT;
+    const vec high = splat(most - (float)bin / BINS_PER_UNIT + slack);
+    const vec low = splat(bin < BINS - 1 ? most - (float)(bin + 1) / BINS_PER_UNIT - slack : -INFINITY);
+    for (int first = 0; first < size; first += LANES) {
+        if (first + LANES <= size) {
+            const vec v = load(logits + first);
+            if (!any((v >= low) & (v <= high))) continue;
+        }
+        for (int id = first; id < std::min(size, first + LANES); ++id)
+            if (logits[id] >= least && bin_of(most - logits[id]) == bin) out.push_back(logits[id]);
+    }
     std::sort(out.begin(), out.end(), std::greater<float>());
 }
 
@@ -201,6 +210,16 @@ static float threshold(const float* logits, int size, float most, const Sampling
     return least;
 }
 
+typedef uint64_t eight_words __attribute__((vector_size(64)));
+
+static inline eight_words noise_bits(uint64_t key, int first, eight_words) {
+    const eight_words ids = {1, 2, 3, 4, 5, 6, 7, 8};
+    eight_words value = (ids + (uint64_t)first) * GOLDEN + key;
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9ull;
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EBull;
+    return (value ^ (value >> 31)) >> 24;
+}
+
 // argmax(logit + noise) over the ids from `least` on. Noise that cannot win is not computed: the
 // noise of an id is at least g exactly where its bits are below a bound.
 static int draw(const float* logits, int size, float most, float least, const Sampling& row) {
@@ -208,10 +227,10 @@ static int draw(const float* logits, int size, float most, float least, const Sa
     int token = -1;
     float best = -INFINITY;
     uint64_t bound = ~0ull;
-    for (int id = 0; id < size; ++id) {
-        if (!(logits[id] >= least) || logits[id] == -INFINITY) continue;
+    const auto look_at = [&](int id) {
+        if (!(logits[id] >= least) || logits[id] == -INFINITY) return;
         const uint64_t bits = noise_bits(key, id);
-        if (bits > bound) continue;
+        if (bits > bound) return;
         const float value = logits[id] + gumbel(bits);
         if (value > best) {
             best = value;
@@ -219,7 +238,19 @@ static int draw(const float* logits, int size, float most, float least, const Sa
             const double share = 1 - exp(-exp((double)most - best + 1e-3));
             bound = share < 1 ? (uint64_t)(share * 0x1p40) + 1 : ~0ull;
         }
+    };
+    int first = 0;
+    for (; first + LANES <= size; first += LANES) {
+        if (!any(load(logits + first) >= splat(least))) continue;
+        for (int half = 0; half < LANES; half += 8) {
+            const auto bits = noise_bits(key, first + half, eight_words{});
+            bool near = false;
+            for (int i = 0; i < 8; ++i) near |= bits[i] <= bound;
+            if (near)
+                for (int i = 0; i < 8; ++i) look_at(first + half + i);
+        }
     }
+    for (; first < size; ++first) look_at(first);
     return token;
 }
 

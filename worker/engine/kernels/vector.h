@@ -40,6 +40,16 @@ static inline vec fma(vec a, vec b, vec c) {
 #endif
 }
 
+static inline bool any(int_vec lanes) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes);
+#else
+    int32_t found = 0;
+    for (int i = 0; i < LANES; ++i) found |= lanes[i];
+    return found;
+#endif
+}
+
 // In a fixed order: pairs, pairs of pairs, ...
 static inline float sum(vec value) {
     float part[LANES];
