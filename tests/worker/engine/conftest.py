@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import tiny_llama
+from tests.commands.invoking import KERNELS
 from tests.engines import VOCAB, Faulty
 from worker.engine.block_manager import BlockManager
 from worker.engine.cpu_runner import CpuRunner
@@ -60,9 +61,9 @@ def generate_engines(model: Any) -> Iterator[Callable[..., GenerateEngine]]:
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the C kernels of this session lie."""
-    return tmp_path_factory.mktemp("kernels")
+def kernels() -> Path:
+    """Where all tests keep the C kernels."""
+    return KERNELS / "kernels"
 
 
 @pytest.fixture
