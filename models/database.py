@@ -130,7 +130,9 @@ class Database:
     writes fails at once, whatever the time-out, when another wrote in between.
     """
 
-    def __init__(self, url: str, *, pool_size: int = 3) -> None:
+    def __init__(self, url: str, *, pool_size: int = 3, patience: float = 10.0) -> None:
+        """`patience`: seconds that `retrying` goes on for where its caller does not say."""
+        self._patience = patience
         try:
             self.url = make_url(url)
         except (ArgumentError, ValueError):
@@ -203,7 +205,7 @@ class Database:
         work: Callable[[Connection], T],
         *,
         reading: bool = False,
-        patience: float = 10.0,
+        patience: float | None = None,
         stop: threading.Event | None = None,
         on_wait: Callable[[DatabaseError], None] | None = None,
     ) -> T:
@@ -212,7 +214,7 @@ class Database:
         `work` must bear being run twice, also when the first commit took place and only its
         answer was lost. Raises `DatabaseError` when patience or `stop` ends the attempts.
         """
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + (self._patience if patience is None else patience)
         pause = 0.05
         while True:
             try:

@@ -119,6 +119,12 @@ class Settings(BaseModel):
         gt=0,
         description="How long a worker that was told to stop may take to save and return its work.",
     )
+    database_patience: float = Field(
+        default=10.0,
+        ge=0,
+        description="How long a statement is tried again while the database is away or full, in "
+        "seconds; saving results waits for as long as it takes.",
+    )
     broker_timeout: float = Field(
         default=1.0, gt=0, description="How long a command waits for the broker, in seconds."
     )

@@ -21,6 +21,10 @@ def open_database(settings: Settings, *, pool_size: int = 3) -> Database:
             raise DatabaseError(
                 f"cannot make the data folder {settings.home}: {error.strerror}; set NIGHTHERD_HOME"
             ) from error
-    database = Database(settings.resolved_database_url(), pool_size=pool_size)
+    database = Database(
+        settings.resolved_database_url(),
+        pool_size=pool_size,
+        patience=settings.database_patience,
+    )
     runner.ensure_schema(database)
     return database

@@ -75,6 +75,7 @@ def environment(home: Path, **settings: object) -> dict[str, str]:
         "tick_seconds": 0.5,
         "watch_seconds": 0.2,
         "save_seconds": 0.2,
+        "database_patience": 3,
         **settings,
     }
     return {
