@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 EXAMPLE := examples/prompts.jsonl
 DEMO_RESULTS := build/demo-results.jsonl
+comma := ,
+# Tests that measure no time may run two at once.
+SIDE_BY_SIDE := tests/commands tests/migrations tests/models tests/nightherd tests/producer
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format docs peers clean
@@ -12,17 +15,22 @@ DEMO_RESULTS := build/demo-results.jsonl
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
-# Two stamps: to run, and to develop.
-$(VENV)/.run: pyproject.toml constraints.txt
+# Two stamps: to run, and to develop. pip compiles on one core only: all of them do it afterwards.
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'nightherd needs Python 3.11 or newer: make PYTHON=/path/to/python3.11'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet -c constraints.txt -e '.[worker]'
+	$(PIP) install --quiet --no-compile -c constraints.txt -e '.[$(1)]'
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # some templates are no Python
+endef
+
+$(VENV)/.run: pyproject.toml constraints.txt
+	$(call install,worker)
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.run
-	$(PIP) install --quiet -c constraints.txt -e '.[worker,dev]'
-	@touch $@
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(call install,worker$(comma)dev)
+	@touch $(VENV)/.run $@
 
 demo: $(VENV)/.run  ## Run the main job here: a file of prompts in, every result out
 	@mkdir -p $(dir $(DEMO_RESULTS))
@@ -41,7 +49,8 @@ lint: $(VENV)/.dev  ## ruff, mypy --strict, import contracts
 	$(BIN)/lint-imports
 
 test: lint  ## Everything that must pass: lint and all tests
-	$(BIN)/python -P -m pytest
+	$(BIN)/python -P -m pytest -n 2 --dist worksteal $(SIDE_BY_SIDE)
+	$(BIN)/python -P -m pytest $(SIDE_BY_SIDE:%=--ignore=%)
 
 format: $(VENV)/.dev  ## Put the code into shape
 	$(BIN)/ruff check --fix .

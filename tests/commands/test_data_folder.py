@@ -151,7 +151,7 @@ def test_the_disk_fills_up_while_a_worker_works(somebody: SomebodyElse, tmp_path
     """Results wait in memory; once there is room again all are stored, each once."""
     home = somebody.box.disk("disk", 8000)
     prompts = "".join(f"{number}\n" for number in range(200))
-    given = ["--checkpoint", CHECKPOINT, "--max-tokens", "30"]
+    given = ["--checkpoint", CHECKPOINT, "--max-tokens", "15"]
     job = somebody(home, "submit", "-", *given, stdin=prompts).out.strip()
     path = tmp_path / "worker.log"
     with path.open("wb") as log:
