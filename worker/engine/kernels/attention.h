@@ -8,7 +8,9 @@
 //
 // The cache of one layer is [blocks][kv heads][2][BLOCK * head_dim]: keys as
 // [head_dim / PER][BLOCK][PER], then values as [BLOCK / PER][head_dim][PER]. A task goes through a
-// block with all its heads before the next block: that is one stretch of memory.
+// block with all its heads before the next block: that is one stretch of memory. Waiting for memory
+// is most of the time: while a block is worked on the next one is fetched, a few lines at a time, as
+// a core can wait for few lines at once.
 #pragma once
 
 #include "vector.h"
@@ -27,7 +29,12 @@ struct Query {
     float highest;
     vec total;  // of the shares so far, in sixteen parts
     float* sum;  // [head_dim]
+    typename E::T* out;  // [head_dim]
 };
+
+static inline void fetch(const void* from, int lines) {
+    for (int l = 0; l < lines; ++l) __builtin_prefetch((const char*)from + 64 * l);
+}
 
 template <class E, int N>
 static inline void attend(Query<E>* queries, const typename E::T* keys, const typename E::T* values,
@@ -38,10 +45,7 @@ static inline void attend(Query<E>* queries, const typename E::T* keys, const ty
     for (int i = 0; i < size; i += E::PER) {
         const auto low = E::read(keys + i * BLOCK);
         const auto high = E::read(keys + i * BLOCK + LANES * E::PER);
-        if (next) {  // the cache is read from memory: fetch while computing
-            const char* line = (const char*)(next + 2 * i * BLOCK);
-            for (int l = 0; l < 4; ++l) __builtin_prefetch(line + 64 * l, 0, 2);
-        }
+        if (next) fetch(next + i * BLOCK, 2);
 #pragma GCC unroll 6
         for (int n = 0; n < N; ++n) {
             scores[n][0] = E::add(scores[n][0], queries[n].vector + i, low);
@@ -80,6 +84,7 @@ static inline void attend(Query<E>* queries, const typename E::T* keys, const ty
         if (width == 4) {
             for (int j = 0; j < used; j += E::PER) {
                 const T* row = values + (size_t)j * size + d * E::PER;
+                if (next) fetch(next + BLOCK * size + (row - values), 4);
                 typename E::Packed packed[4];
                 for (int c = 0; c < 4; ++c) packed[c] = E::read(row + c * LANES * E::PER);
 #pragma GCC unroll 6
@@ -88,13 +93,15 @@ static inline void attend(Query<E>* queries, const typename E::T* keys, const ty
                         sums[n][c] = E::add(sums[n][c], shares[n] + j, packed[c]);
             }
         } else {
-            for (int j = 0; j < used; j += E::PER)
+            for (int j = 0; j < used; j += E::PER) {
+                if (next) fetch(next + BLOCK * size + (size_t)j * size + d * E::PER, width);
                 for (int c = 0; c < width; ++c) {
                     const auto packed =
                         E::read(values + (size_t)j * size + (d + c * LANES) * E::PER);
                     for (int n = 0; n < N; ++n)
                         sums[n][c] = E::add(sums[n][c], shares[n] + j, packed);
                 }
+            }
         }
         for (int n = 0; n < N; ++n)
             for (int c = 0; c < width; ++c) store(queries[n].sum + d + c * LANES, sums[n][c]);
@@ -102,10 +109,11 @@ static inline void attend(Query<E>* queries, const typename E::T* keys, const ty
 }
 
 // The queries of one KV head on block number `start / BLOCK` of their sequences; `cache` is at this
-// head of block 0, `stride` the numbers from one block to the next.
+// head of block 0, `stride` the numbers from one block to the next; `after` is what to fetch when a
+// sequence has no further block, or null.
 template <class E>
 static inline void attend_head(Query<E>* queries, int count, const typename E::T* cache,
-                               size_t stride, int start, int size) {
+                               size_t stride, int start, int size, const typename E::T* after) {
     for (int n = 0; n < count;) {
         if (queries[n].keys <= start) {
             ++n;
@@ -118,7 +126,7 @@ static inline void attend_head(Query<E>* queries, int count, const typename E::T
             ++end;
         const auto* k = cache + block * stride;
         const auto* v = k + BLOCK * size;
-        const typename E::T* next = nullptr;
+        const typename E::T* next = after;
         if (start + BLOCK < queries[n].keys) next = cache + queries[n].table[start / BLOCK + 1] * stride;
         switch (end - n) {
             case 1: attend<E, 1>(queries + n, k, v, start, size, next); break;
@@ -133,10 +141,10 @@ static inline void attend_head(Query<E>* queries, int count, const typename E::T
 }
 
 // `heads` KV heads with `count` queries each, over all their keys. Ends with the weighted mean in
-// each query's `sum`.
+// each query's `out`. `after` is the block that is worked on next, or null.
 template <class E>
 static void attend_all(Query<E>* queries, int heads, int count, const typename E::T* cache,
-                       size_t stride, int size) {
+                       size_t stride, int size, const typename E::T* after) {
     int most = 0;
     for (int n = 0; n < heads * count; ++n) {
         queries[n].highest = -INFINITY;
@@ -145,11 +153,14 @@ static void attend_all(Query<E>* queries, int heads, int count, const typename E
         if (queries[n].keys > most) most = queries[n].keys;
     }
     for (int start = 0; start < most; start += BLOCK)
-        for (int h = 0; h < heads; ++h)
-            attend_head(queries + h * count, count, cache + (size_t)h * 2 * BLOCK * size, stride, start, size);
+        for (int h = 0; h < heads; ++h) {
+            const size_t head = (size_t)h * 2 * BLOCK * size;
+            attend_head(queries + h * count, count, cache + head, stride, start, size,
+                        after ? after + head : nullptr);
+        }
     for (int n = 0; n < heads * count; ++n) {
         const vec total = splat(sum(queries[n].total));
-        for (int d = 0; d < size; d += LANES) store(queries[n].sum + d, load(queries[n].sum + d) / total);
+        for (int d = 0; d < size; d += LANES) E::write(queries[n].out + d, load(queries[n].sum + d) / total);
     }
 }
 

@@ -52,7 +52,7 @@ class TypedRunner : public Runner {
           wide(padded(model.hidden, PANEL)), qkv_wide(padded(query_width + 2 * kv_width, PANEL)),
           q_wide(padded(query_width, PANEL)), inner(padded(model.intermediate, PANEL / 2)),
           vocab_wide(padded(model.vocab_rows, PANEL)),
-          residual((size_t)m.max_rows * wide), fused((size_t)m.max_rows * qkv_wide),
+          residual((size_t)m.max_rows * wide), ending((size_t)m.max_chosen * wide), fused((size_t)m.max_rows * qkv_wide),
           normed((size_t)m.max_rows * wide), queries((size_t)m.max_rows * q_wide),
           mixed((size_t)m.max_rows * q_wide), acted((size_t)m.max_rows * inner),
           logits((size_t)m.max_chosen * vocab_wide), scratch(m.max_chosen) {
@@ -69,36 +69,19 @@ class TypedRunner : public Runner {
 
     // All threads go through this together: what is called between two `each` must be pure.
     void run() {
-        rows_each([this](int row) { embed(row); });
+        rows_each(s->rows, [this](int row) { embed(row); });
         for (int i = 0; i < m.layers; ++i) {
-            const Layer& layer = layers[i];
-            rows_each([&](int row) { norm(row, layer.input_norm, row); });
-            linear(matrix(layer.qkv, layer.qkv_bias, qkv_wide, m.hidden), normed.data(), wide, s->rows,
-                   [this](int row, int panel, vec* sums) {
-                       float* to = &fused[(size_t)row * qkv_wide + panel * PANEL];
-                       for (int c = 0; c < 4; ++c) store(to + c * LANES, sums[c]);
-                   });
-            rows_each([&](int row) {
-                // What this thread most likely comes to next.
-                if (row + GROUP * m.threads < s->rows) fetch_cache(layer, row + GROUP * m.threads);
-                rotate(layer, row);
-            });
-            attention(layer);
-            linear(matrix(layer.o, layer.o_bias, wide, query_width), mixed.data(), q_wide, s->rows,
-                   [this](int row, int panel, vec* sums) { add(row, panel, sums); });
-            rows_each([&](int row) { norm(row, layer.post_norm, row); });
-            linear(matrix(layer.gate_up, layer.gate_up_bias, 2 * inner, m.hidden), normed.data(), wide,
-                   s->rows, [this](int row, int panel, vec* sums) {
-                       T* to = &acted[(size_t)row * inner + panel * (PANEL / 2)];
-                       for (int c = 0; c < 2; ++c) {
-                           const vec gate = sums[c];
-                           E::write(to + c * LANES, gate / (exponential(-gate) + 1.0f) * sums[c + 2]);
-                       }
-                   });
-            linear(matrix(layer.down, layer.down_bias, wide, m.intermediate), acted.data(), inner,
-                   s->rows, [this](int row, int panel, vec* sums) { add(row, panel, sums); });
+            fill_cache(layers[i]);
+            if (i + 1 < m.layers) {
+                attention(layers[i], nullptr, s->rows);
+                finish(layers[i], nullptr, s->rows, residual.data());
+            }
         }
-        pool.each(s->chosen_count, [this](int i) { norm(s->chosen_rows[i], m.final_norm, i); });
+        // After the last layer's keys and values only the rows that choose a token matter.
+        const Layer& last = layers[m.layers - 1];
+        attention(last, s->chosen_rows, s->chosen_count);
+        finish(last, s->chosen_rows, s->chosen_count, ending.data());
+        rows_each(s->chosen_count, [this](int i) { norm(&ending[(size_t)i * wide], m.final_norm, i); });
         linear(matrix(m.output, nullptr, vocab_wide, m.hidden), normed.data(), wide, s->chosen_count,
                [this](int row, int panel, vec* sums) {
                    float* to = &logits[(size_t)row * vocab_wide + panel * PANEL];
@@ -110,10 +93,49 @@ class TypedRunner : public Runner {
         });
     }
 
+    // A layer up to its attention, for all rows: queries, and keys and values into the cache.
+    void fill_cache(const Layer& layer) {
+        rows_each(s->rows, [&](int row) { norm(&residual[(size_t)row * wide], layer.input_norm, row); });
+        linear(matrix(layer.qkv, layer.qkv_bias, qkv_wide, m.hidden), normed.data(), wide, s->rows,
+               [this](int row, int panel, vec* sums) {
+                   float* to = &fused[(size_t)row * qkv_wide + panel * PANEL];
+                   for (int c = 0; c < 4; ++c) store(to + c * LANES, sums[c]);
+               });
+        rows_each(s->rows, [&](int row) {
+            // What this thread most likely comes to next.
+            if (row + GROUP * m.threads < s->rows) fetch_cache(layer, row + GROUP * m.threads);
+            rotate(layer, row);
+        });
+    }
+
+    // A layer from its attention on, for `count` rows: those at `picked`, or the first ones. Their
+    // residual stream goes on in rows [0, count) of `stream`.
+    void finish(const Layer& layer, const int32_t* picked, int count, float* stream) {
+        linear(matrix(layer.o, layer.o_bias, wide, query_width), mixed.data(), q_wide, count,
+               [&](int row, int panel, vec* sums) {
+                   const float* from = &residual[(size_t)(picked ? picked[row] : row) * wide];
+                   add(from + panel * PANEL, stream + (size_t)row * wide + panel * PANEL, sums);
+               });
+        rows_each(count, [&](int row) { norm(stream + (size_t)row * wide, layer.post_norm, row); });
+        linear(matrix(layer.gate_up, layer.gate_up_bias, 2 * inner, m.hidden), normed.data(), wide, count,
+               [this](int row, int panel, vec* sums) {
+                   T* to = &acted[(size_t)row * inner + panel * (PANEL / 2)];
+                   for (int c = 0; c < 2; ++c) {
+                       const vec gate = sums[c];
+                       E::write(to + c * LANES, gate / (exponential(-gate) + 1.0f) * sums[c + 2]);
+                   }
+               });
+        linear(matrix(layer.down, layer.down_bias, wide, m.intermediate), acted.data(), inner, count,
+               [&](int row, int panel, vec* sums) {
+                   float* to = stream + (size_t)row * wide + panel * PANEL;
+                   add(to, to, sums);
+               });
+    }
+
     template <class Work>
-    void rows_each(const Work& work) {
-        pool.each((s->rows + GROUP - 1) / GROUP, [&](int group) {
-            const int end = std::min(s->rows, (group + 1) * GROUP);
+    void rows_each(int rows, const Work& work) {
+        pool.each((rows + GROUP - 1) / GROUP, [&](int group) {
+            const int end = std::min(rows, (group + 1) * GROUP);
             for (int row = group * GROUP; row < end; ++row) work(row);
         });
     }
@@ -155,17 +177,15 @@ class TypedRunner : public Runner {
     }
 
     // RMSNorm of a row of the residual stream, into row `to` of `normed`.
-    void norm(int row, const float* weight, int to) {
-        const float* x = &residual[(size_t)row * wide];
+    void norm(const float* x, const float* weight, int to) {
         T* out = &normed[(size_t)to * wide];
         const float scale = scale_of(x, m.hidden, m.norm_eps);
         for (int i = 0; i < m.hidden; i += LANES)
             E::write(out + i, load(x + i) * scale * load(weight + i));
     }
 
-    void add(int row, int panel, const vec* sums) {
-        float* to = &residual[(size_t)row * wide + panel * PANEL];
-        for (int c = 0; c < 4; ++c) store(to + c * LANES, load(to + c * LANES) + sums[c]);
+    static void add(const float* from, float* to, const vec* sums) {
+        for (int c = 0; c < 4; ++c) store(to + c * LANES, load(from + c * LANES) + sums[c]);
     }
 
     // Turns one head by its position's angles, after its norm if it has one.
@@ -195,7 +215,7 @@ class TypedRunner : public Runner {
     // Where a row's keys and values will be written: many cache lines, far apart.
     void fetch_cache(const Layer& layer, int row) const {
         const int position = s->positions[row], size = m.head_dim, place = position % BLOCK;
-        const int block = s->tables[(size_t)s->slots[row] * s->table_width + position / BLOCK];
+        const int block = table_of(row)[position / BLOCK];
         const T* keys = (const T*)layer.cache + (size_t)block * m.kv_heads * 2 * BLOCK * size;
         for (int h = 0; h < m.kv_heads; ++h, keys += 2 * BLOCK * size) {
             for (int i = 0; i < size; i += E::PER)
@@ -215,7 +235,7 @@ class TypedRunner : public Runner {
             T* to = &queries[(size_t)row * q_wide + h * size];
             for (int i = 0; i < size; i += LANES) E::write(to + i, load(from + h * size + i));
         }
-        const int block = s->tables[(size_t)s->slots[row] * s->table_width + position / BLOCK];
+        const int block = table_of(row)[position / BLOCK];
         const int place = position % BLOCK;
         // A pair of values is read whole: what stands beside the last one must be a number.
         const bool clear = E::PER == 2 && place % 2 == 0 && s->lasts[row];
@@ -242,25 +262,33 @@ class TypedRunner : public Runner {
             for (int i = 0; i < m.head_dim; ++i) to[i * E::PER + 1] = 0;
     }
 
-    void attention(const Layer& layer) {
+    // Of `count` rows, those at `picked` or the first ones, into rows [0, count) of `mixed`.
+    void attention(const Layer& layer, const int32_t* picked, int count) {
         const int group = m.heads / m.kv_heads;
         const int together = std::max(1, QUERIES / group);  // rows of one task
-        const int tiles = (s->rows + together - 1) / together;
-        // All heads in one task where there are tasks enough for all threads.
-        int parts = 1;
-        while (parts < m.kv_heads && tiles * parts < 4 * m.threads) ++parts;
+        // Several of these in a task where there are tasks enough for all threads, so that the next
+        // one is known; else the heads are shared out as well.
+        int batch = together, parts = 1;
+        while (batch < 4 * together && count / (2 * batch) >= 8 * m.threads) batch *= 2;
+        const int tasks = (count + batch - 1) / batch;
+        while (parts < m.kv_heads && tasks * parts < 4 * m.threads) ++parts;
         const int heads = (m.kv_heads + parts - 1) / parts;
-        pool.each(tiles * parts, [&](int task) {
-            const int head = task % parts * heads;
+        pool.each(tasks * parts, [&](int task) {
+            const int head = task % parts * heads, end = std::min(m.kv_heads, head + heads);
             // From the end: the last rows are prefills, whose tasks are long.
-            const int first = (tiles - 1 - task / parts) * together;
-            attention_of(layer, first, std::min(s->rows, first + together), head,
-                         std::min(m.kv_heads, head + heads));
+            const int from = (tasks - 1 - task / parts) * batch, to = std::min(count, from + batch);
+            for (int first = from; first < to; first += together) {
+                const int last = std::min(to, first + together);
+                attention_of(layer, picked, first, last, last < to, head, end);
+            }
         });
     }
 
-    // Rows [first, last) with the KV heads [from, to).
-    void attention_of(const Layer& layer, int first, int last, int from, int to) {
+    const int32_t* table_of(int row) const { return s->tables + (size_t)s->slots[row] * s->table_width; }
+
+    // Rows [first, last) with the KV heads [from, to); `more`: row `last` is this thread's next one.
+    void attention_of(const Layer& layer, const int32_t* picked, int first, int last, bool more, int from,
+                      int to) {
         static thread_local std::vector<float> sums;
         static thread_local std::vector<Query<E>> queries_of;
         const int size = m.head_dim, group = m.heads / m.kv_heads, count = (last - first) * group;
@@ -269,28 +297,27 @@ class TypedRunner : public Runner {
         queries_of.resize((size_t)m.heads * std::max(1, QUERIES / group));
         int n = 0;
         for (int head = from; head < to; ++head)
-            for (int row = first; row < last; ++row)
+            for (int i = first; i < last; ++i)
                 for (int h = head * group; h < (head + 1) * group; ++h, ++n) {
+                    const int row = picked ? picked[i] : i;
                     Query<E>& query = queries_of[n];
                     query.vector = &queries[(size_t)row * q_wide + h * size];
-                    query.table = s->tables + (size_t)s->slots[row] * s->table_width;
+                    query.table = table_of(row);
                     query.keys = s->positions[row] + 1;
                     query.sum = &sums[(size_t)n * size];
+                    query.out = &mixed[(size_t)i * q_wide + h * size];
                 }
         const size_t stride = (size_t)m.kv_heads * 2 * BLOCK * size;
-        attend_all<E>(queries_of.data(), to - from, count,
-                      (const T*)layer.cache + (size_t)from * 2 * BLOCK * size, stride, size);
-        for (int i = 0; i < n; ++i) {
-            T* out = &mixed[queries_of[i].vector - queries.data()];
-            for (int d = 0; d < size; d += LANES) E::write(out + d, load(queries_of[i].sum + d));
-        }
+        const T* cache = (const T*)layer.cache + (size_t)from * 2 * BLOCK * size;
+        const T* after = more ? cache + table_of(picked ? picked[last] : last)[0] * stride : nullptr;
+        attend_all<E>(queries_of.data(), to - from, count, cache, stride, size, after);
     }
 
     Model m;
     Pool pool;
     std::vector<Layer> layers;
     const int query_width, kv_width, wide, qkv_wide, q_wide, inner, vocab_wide;
-    std::vector<float> residual, fused;
+    std::vector<float> residual, ending, fused;
     std::vector<T> normed, queries, mixed, acted;
     std::vector<float> logits;
     std::vector<Scratch> scratch;
