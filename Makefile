@@ -10,7 +10,7 @@ comma := ,
 SIDE_BY_SIDE := tests/commands tests/migrations tests/models tests/nightherd tests/producer
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs peers clean
+.PHONY: help demo test faults soak lint format docs peers clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,13 @@ lint: $(VENV)/.dev  ## ruff, mypy --strict, import contracts
 test: lint  ## Everything that must pass: lint and all tests
 	$(BIN)/python -P -m pytest -n 2 --dist worksteal $(SIDE_BY_SIDE)
 	$(BIN)/python -P -m pytest $(SIDE_BY_SIDE:%=--ignore=%)
+
+faults: $(VENV)/.dev  ## Faults at length: hundreds of kills, outages, a poisonous request among a thousand
+	$(BIN)/python -P -m pytest -m faults
+
+SOAK :=
+soak: $(VENV)/.dev  ## Twenty minutes of random faults under load; make soak SOAK='--minutes 5' for less
+	$(BIN)/python -P -m tests.faults.soak $(SOAK)
 
 format: $(VENV)/.dev  ## Put the code into shape
 	$(BIN)/ruff check --fix .
