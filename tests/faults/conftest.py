@@ -236,6 +236,10 @@ class Fleet:
     def done(self, job: Submitted) -> int:
         return sum(self.column(select(Chunk.done).where(Chunk.job_id == job.job_id)))
 
+    def progress(self) -> int:
+        """What is done of all jobs."""
+        return sum(self.column(select(Chunk.done)))
+
     def lines(self, kind: str) -> list[Line]:
         return [line for line in read_ledger(self.ledger) if line.kind == kind]
 
@@ -249,16 +253,23 @@ class Fleet:
             Chunk.state == "running",
             Chunk.worker_id.in_(select(Worker.id).where(Worker.pid == process.pid)),
         )
-        with self.database.read() as connection:
-            chunks = connection.execute(held).all()
         jobs = {job.job_id: job for job in self.submitted}
-        seeds = {
-            sample_seed(jobs[chunk.job_id].seed, None, index, sample)
-            for chunk in chunks
-            for index in range(chunk.first_position, chunk.first_position + chunk.size)
-            for sample in range(jobs[chunk.job_id].samples)
-        }
-        return seeds - self.saved()
+        owed: set[int] = set()
+        with self.database.read() as connection:
+            for chunk in connection.execute(held).all():
+                within = range(chunk.first_position, chunk.first_position + chunk.size)
+                saved = select(Result.seed).where(
+                    Result.job_id == chunk.job_id,
+                    Result.index >= within.start,
+                    Result.index < within.stop,
+                )
+                job = jobs[chunk.job_id]
+                owed |= {
+                    sample_seed(job.seed, None, index, sample)
+                    for index in within
+                    for sample in range(job.samples)
+                } - set(connection.execute(saved).scalars())
+        return owed
 
     # The end.
 

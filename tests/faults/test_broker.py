@@ -6,7 +6,9 @@ import signal
 import time
 
 import pytest
+from sqlalchemy import select
 
+from models.job import Chunk
 from tests.commands.invoking import CommandLine
 from tests.conftest import wait_until
 from tests.fakes import CHECKPOINT
@@ -14,7 +16,6 @@ from tests.faults.conftest import PROMPTS, Fleet
 from tests.faults.oracle import Submitted
 
 MANY = [f"prompt {number}" for number in range(160)]
-UNACKED = ("HLEN", "nightherd:unacked")
 
 
 def _in_the_middle(fleet: Fleet, job: Submitted) -> None:
@@ -24,16 +25,12 @@ def _in_the_middle(fleet: Fleet, job: Submitted) -> None:
 
 
 def _nothing_twice(fleet: Fleet) -> None:
-    """All is clean, no chunk was taken from anybody, and Redis is empty in the end."""
+    """All is clean, each chunk was claimed once, and the queues are empty in the end."""
     verdict = fleet.is_clean()
     assert verdict.recomputed == 0
-    assert fleet.deaths() == 0
+    assert set(fleet.column(select(Chunk.fence))) == {1}
     assert set(fleet.workers()) == {"ready"}
-    wait_until(
-        lambda: fleet.redis.wake_ups() == 0 and fleet.redis.do(*UNACKED) == 0,
-        seconds=30,
-        what="empty queues",
-    )
+    wait_until(lambda: fleet.redis.wake_ups() == 0, seconds=30, what="empty queues")
 
 
 def test_redis_connections_killed_20_times(sqlite_fleet: Fleet) -> None:
@@ -98,7 +95,7 @@ def _stop_redis(fleet: Fleet, seconds: float) -> None:
     fleet.redis.send(signal.SIGSTOP)
     stopped = time.monotonic()
     wait_until(lambda: "running" not in fleet.chunks(job), seconds=30, what="what was in hand")
-    wait_until(lambda: "does not answer" in fleet.log(worker), seconds=30, what="the tick's word")
+    wait_until(lambda: "no answer for 1 s" in fleet.log(worker), seconds=30, what="the tick's word")
     wait_until(lambda: time.monotonic() - stopped > seconds, seconds=seconds + 10)
     assert fleet.workers() == ["ready"], "the lease needs no Redis"
     fleet.redis.send(signal.SIGCONT)
@@ -127,7 +124,7 @@ def test_redis_full(sqlite_fleet: Fleet) -> None:
     job = Submitted(outcome.out.strip(), 1000, tuple(PROMPTS))
     fleet.submitted.append(job)
     worker = fleet.start()
-    wait_until(lambda: "OOM" in fleet.log(worker), seconds=30, what="the refusal in the log")
+    wait_until(lambda: "maxmemory" in fleet.log(worker), seconds=30, what="the refusal in the log")
     assert worker.poll() is None
     assert fleet.done(job) == 0
     fleet.redis.do("CONFIG", "SET", "maxmemory", "0")
@@ -146,7 +143,6 @@ def test_visibility_timeout_shorter_than_a_chunk(sqlite_fleet: Fleet) -> None:
     fleet.submit(PROMPTS[:16], max_tokens=150)
     _nothing_twice(fleet)
     wakes = [line.value for line in fleet.lines("wake")]
-    assert wakes.count("done") == 4
     assert wakes.count("nothing") >= 4
 
 
@@ -154,13 +150,11 @@ def test_wakeup_storm(sqlite_fleet: Fleet) -> None:
     """Each wake-up comes ten times."""
     fleet = sqlite_fleet
     fleet.start_many(2, step_seconds=0.002, rings=10)
-    for _ in range(3):
-        job = fleet.submit(MANY, max_tokens=10)
-        fleet.wait_for_end(job)
+    for _ in range(5):
+        fleet.wait_for_end(fleet.submit(MANY[:80], max_tokens=10))
     _nothing_twice(fleet)
     wakes = [line.value for line in fleet.lines("wake")]
-    assert wakes.count("done") == 3 * 40
-    assert wakes.count("nothing") > 40
+    assert wakes.count("nothing") > 20, "more came than there were chunks"
 
 
 def test_wakeups_all_lost(sqlite_fleet: Fleet) -> None:
