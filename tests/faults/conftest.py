@@ -174,7 +174,7 @@ class Fleet:
         prompts: Sequence[str] = PROMPTS,
         *,
         samples: int = 1,
-        max_tokens: int = 8,
+        max_tokens: int | Sequence[int] = 8,
         chunk_size: int = 4,
         errors: Mapping[int, str] | None = None,
         states: tuple[str, ...] = ("completed",),
@@ -182,13 +182,18 @@ class Fleet:
         **options: Any,
     ) -> Submitted:
         """Submits a job as `nightherd submit` does; each has another seed."""
+        common = {"max_tokens": max_tokens} if isinstance(max_tokens, int) else {}
+        own = [None] * len(prompts) if isinstance(max_tokens, int) else max_tokens
         stored = submit(
             self.database,
             self.settings.model_copy(update={"chunk_size": chunk_size}),
-            [Row(line, {"prompt": prompt}, None, None) for line, prompt in enumerate(prompts, 1)],
+            [
+                Row(line, {"prompt": prompt}, count and {"max_tokens": count}, None)
+                for line, (prompt, count) in enumerate(zip(prompts, own, strict=True), 1)
+            ],
             JobOptions(
                 CHECKPOINT,
-                params={"max_tokens": max_tokens, "n": samples},
+                params={"n": samples, **common},
                 seed=1000 + len(self.submitted),
                 **options,
             ),
@@ -244,8 +249,8 @@ class Fleet:
         return [line for line in read_ledger(self.ledger) if line.kind == kind]
 
     def saved(self) -> set[int]:
-        """The seeds of all stored samples."""
-        return set(self.column(select(Result.seed)))
+        """The seeds of all samples that are stored, and not as failures."""
+        return set(self.column(select(Result.seed).where(Result.error_code.is_(None))))
 
     def owed_by(self, process: Process) -> set[int]:
         """The seeds of the samples that a worker holds and has not saved."""

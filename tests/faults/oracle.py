@@ -37,7 +37,8 @@ class Submitted:
     """Another for each job, so that a sample's seed says whose it is."""
     prompts: tuple[str, ...]
     samples: int = 1
-    max_tokens: int = 8
+    max_tokens: int | Sequence[int] = 8
+    """Of all requests, or of each."""
     errors: Mapping[int, str] = field(default_factory=dict)
     """Indices that must fail, with their code."""
     states: tuple[str, ...] = ("completed",)
@@ -59,7 +60,10 @@ class Submitted:
 
     def expected(self, index: int, sample: int) -> str:
         seed = sample_seed(self.seed, None, index, sample)
-        return text_of(self.prompts[index], seed=seed, max_tokens=self.max_tokens)
+        return text_of(self.prompts[index], seed=seed, max_tokens=self.tokens_of(index))
+
+    def tokens_of(self, index: int) -> int:
+        return self.max_tokens if isinstance(self.max_tokens, int) else self.max_tokens[index]
 
 
 class Line(NamedTuple):
@@ -171,7 +175,7 @@ def _wrong(job: Submitted, row: Mapping[str, Any]) -> str | None:
     expected = job.expected(row["index"], row["sample"])
     if row["text"] != expected:
         return f"has the text {row['text']!r}, not {expected!r}"
-    if row["completion_tokens"] != job.max_tokens or row["finish_reason"] != "length":
+    if row["completion_tokens"] != job.tokens_of(row["index"]) or row["finish_reason"] != "length":
         return f"has {row['completion_tokens']} tokens and the end {row['finish_reason']}"
     return None
 

@@ -32,7 +32,8 @@ from tests.faults.oracle import Fault
 
 WORKERS = 3
 SEQUENCES = 64
-MAX_TOKENS = 8
+LENGTHS = (2, 14, 5, 11, 8, 3, 13, 6, 10)
+"""Tokens, in turn: so that at any moment some have finished and are not saved."""
 JOBS = 10
 WARM_UP = 30.0
 """Seconds after its start during which a process may grow."""
@@ -183,7 +184,8 @@ class Soak:
         for number in range(JOBS):
             count = requests // JOBS + (number < requests % JOBS)
             prompts = [f"request {number}.{place}" for place in range(count)]
-            fleet.submit(prompts, max_tokens=MAX_TOKENS, chunk_size=64)
+            lengths = [LENGTHS[place % len(LENGTHS)] for place in range(count)]
+            fleet.submit(prompts, max_tokens=lengths, chunk_size=64)
         started = time.monotonic()
         while not self.ended() and time.monotonic() - started < patience:
             self.watch(self.moments.uniform(0.5, 1.5) * every)
@@ -245,7 +247,7 @@ def main() -> None:
     given = parser.parse_args()
     seconds = given.minutes * 60
     # The model is slowed so that three workers at four fifths of their time take as long.
-    steps = given.requests * MAX_TOKENS / (SEQUENCES * WORKERS)
+    steps = given.requests * statistics.mean(LENGTHS) / (SEQUENCES * WORKERS)
     with tempfile.TemporaryDirectory(prefix="nightherd-soak-") as name:
         folder = Path(name)
         redis = RedisServer(folder)

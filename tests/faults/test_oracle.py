@@ -29,7 +29,7 @@ def _row(job: Submitted, index: int, sample: int = 0, **changes: Any) -> dict[st
         "text": job.expected(index, sample) if 0 <= index < len(job.prompts) else "",
         "finish_reason": "length",
         "prompt_tokens": index + 1,
-        "completion_tokens": job.max_tokens,
+        "completion_tokens": 8,
         "error": None,
         **changes,
     }
@@ -106,6 +106,14 @@ def test_a_request_that_must_fail_must_fail_with_its_code() -> None:
     for wrong in (_row(job, 3), _failure(job, 3, "engine_error")):
         verdict = _classified([*rows, wrong], job)
         assert (verdict.ok, len(verdict.unexpected)) == (3, 1)
+
+
+def test_each_request_may_have_a_length_of_its_own() -> None:
+    job = Submitted("job", 7, PROMPTS, max_tokens=(1, 2, 3, 4))
+    rows = [_row(job, index, completion_tokens=index + 1) for index in range(4)]
+    assert [len(row["text"]) for row in rows] == [1, 2, 3, 4]
+    assert _classified(rows, job) == Verdict(ok=4)
+    assert _classified([_row(job, 0)], job).unexpected
 
 
 def test_a_cancelled_job_may_lack_results_but_have_no_wrong_ones() -> None:

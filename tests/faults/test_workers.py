@@ -19,6 +19,7 @@ from tests.conftest import wait_until
 from tests.faults.conftest import PROMPTS, Fleet, Process
 
 MANY = [f"prompt {number}" for number in range(160)]
+RAGGED = [4 + 7 * number % 25 for number in range(160)]
 COMMIT = "worker.results:Writer._commit"
 LEASE_AND_TICKS = 2.0 + 2 * 0.5 + 1.0
 """The lease, a tick for the reaper, one for the wake-up, and a second for a slow machine."""
@@ -32,7 +33,7 @@ def _kill_at_random(fleet: Fleet, kills: int, seed: int) -> None:
     job = None
     for _ in range(kills):
         if job is None or fleet.done(job) > len(MANY) // 2:
-            job = fleet.submit(MANY, max_tokens=16, chunk_size=8)
+            job = fleet.submit(MANY, max_tokens=RAGGED, chunk_size=8)
         victims: list[Process] = []
 
         def some_hold_chunks(victims: list[Process] = victims) -> bool:
@@ -52,7 +53,7 @@ def _kill_at_random(fleet: Fleet, kills: int, seed: int) -> None:
 
 def test_worker_kill9_mid_chunk(fleet: Fleet) -> None:
     first, _ = fleet.start_many(2, step_seconds=0.01, max_sequences=8)
-    job = fleet.submit(MANY[:64], max_tokens=40)
+    job = fleet.submit(MANY[:64], max_tokens=[20 + number % 50 for number in range(64)])
     wait_until(
         lambda: fleet.done(job) > 0 and bool(fleet.owed_by(first)),
         seconds=30,
@@ -128,6 +129,44 @@ def test_sigterm_mid_chunk(fleet: Fleet) -> None:
     assert before
     assert fleet.deaths() == 0
     assert verdict.recomputed == 0, "what had finished was saved in the drain"
+
+
+DEFAULTS = {
+    "NIGHTHERD_LEASE_SECONDS": "45",
+    "NIGHTHERD_RENEW_SECONDS": "10",
+    "NIGHTHERD_TICK_SECONDS": "10",
+    "NIGHTHERD_WATCH_SECONDS": "1",
+    "NIGHTHERD_SAVE_SECONDS": "2",
+}
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+def test_recovery_at_default_settings(fleet: Fleet) -> None:
+    """After a drain within two seconds, after a death within a lease and a tick."""
+    drained, killed, other = fleet.start_many(
+        3, step_seconds=0.02, blocks=16384, variables={**DEFAULTS, "NIGHTHERD_SLOTS": "12"}
+    )
+    job = fleet.submit(MANY[:96], max_tokens=3500)
+    wait_until(lambda: fleet.chunks(job).count("running") == 24, seconds=30)
+
+    def gone_from(worker: Process) -> bool:
+        return not fleet.owed_by(worker) and set(fleet.chunks(job)) == {"running"}
+
+    assert fleet.owed_by(drained)
+    started = time.monotonic()
+    drained.terminate()
+    wait_until(lambda: gone_from(drained), seconds=30, what="the others' claims")
+    assert time.monotonic() - started < 2
+
+    assert fleet.owed_by(killed)
+    started = time.monotonic()
+    fleet.kill_9(killed)
+    # Two workers of twelve slots had all 24 chunks; a third takes what the dead one had.
+    fleet.start(step_seconds=0.02, variables={**DEFAULTS, "NIGHTHERD_SLOTS": "24"})
+    wait_until(lambda: gone_from(killed), seconds=120, what="the others' claims")
+    assert 20 < time.monotonic() - started < 45 + 10 + 2
+    assert other.poll() is None
 
 
 @pytest.mark.parametrize(
