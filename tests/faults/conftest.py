@@ -276,6 +276,16 @@ class Fleet:
                 } - set(connection.execute(saved).scalars())
         return owed
 
+    def half_done(self, process: Process) -> bool:
+        """Whether a worker holds a chunk of which some is saved and some is not."""
+        done = select(Chunk.id).where(
+            Chunk.state == "running",
+            Chunk.worker_id.in_(select(Worker.id).where(Worker.pid == process.pid)),
+            Chunk.done > 0,
+            Chunk.done < Chunk.samples,
+        )
+        return bool(self.column(done))
+
     # The end.
 
     def wait_for_end(self, *jobs: Submitted, seconds: float = 60.0) -> None:
