@@ -102,7 +102,7 @@ def _failed(fleet: Fleet) -> int:
 
 def test_priority_change_mid_job(fleet: Fleet) -> None:
     fleet.start(step_seconds=0.01)
-    low = fleet.submit(PROMPTS[:16], max_tokens=150)
+    low = fleet.submit(PROMPTS[:16], max_tokens=300)
     wait_until(lambda: _running(fleet, low) == 4, seconds=30)
     urgent = fleet.submit(PROMPTS[:16], max_tokens=60)
     time.sleep(0.5)

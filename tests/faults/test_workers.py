@@ -20,6 +20,8 @@ from tests.faults.conftest import PROMPTS, Fleet, Process
 
 MANY = [f"prompt {number}" for number in range(160)]
 RAGGED = [4 + 7 * number % 25 for number in range(160)]
+STEPPED = [10 + 40 * (number % 4) for number in range(160)]
+"""In each chunk of four, one request ends long before the others."""
 COMMIT = "worker.results:Writer._commit"
 LEASE_AND_TICKS = 2.0 + 2 * 0.5 + 1.0
 """The lease, a tick for the reaper, one for the wake-up, and a second for a slow machine."""
@@ -53,8 +55,7 @@ def _kill_at_random(fleet: Fleet, kills: int, seed: int) -> None:
 
 def test_worker_kill9_mid_chunk(fleet: Fleet) -> None:
     first, _ = fleet.start_many(2, step_seconds=0.01)
-    # In each chunk one request ends long before the others.
-    fleet.submit(MANY[:64], max_tokens=[10 + 50 * (number % 4) for number in range(64)])
+    fleet.submit(MANY[:32], max_tokens=STEPPED[:32])
     wait_until(lambda: fleet.half_done(first), seconds=30, what="a chunk that is saved in part")
     fleet.kill_9(first)
     verdict = fleet.is_clean()
@@ -105,27 +106,28 @@ def test_kill9_after_commit_before_ack(fleet: Fleet) -> None:
 
 
 def test_sigterm_mid_chunk(fleet: Fleet) -> None:
-    first, second = fleet.start_many(
-        2, step_seconds=0.01, max_sequences=8, variables={"NIGHTHERD_SLOTS": "8"}
+    # Nothing is saved before its chunk ends, but in a drain.
+    workers = fleet.start_many(
+        2,
+        step_seconds=0.01,
+        variables={"NIGHTHERD_SLOTS": "8", "NIGHTHERD_SAVE_SECONDS": "60"},
     )
-    job = fleet.submit(PROMPTS[:32], max_tokens=60)
-    wait_until(
-        lambda: fleet.done(job) > 0 and bool(fleet.owed_by(first)),
-        seconds=30,
-        what="a chunk in the middle",
-    )
-    before = fleet.saved()
+    job = fleet.submit(MANY[:32], max_tokens=STEPPED[:32])
+    wait_until(lambda: bool(fleet.lines("sample")), seconds=30, what="a chunk in the middle")
+    busy = fleet.lines("sample")[0].pid
+    first, second = sorted(workers, key=lambda worker: worker.pid != busy)
+    assert not fleet.saved()
     told = time.monotonic()
     first.terminate()
     assert fleet.ends(first) == 0
+    assert fleet.saved(), "what had finished is saved in the drain"
     assert not fleet.owed_by(first)
     wait_until(lambda: "queued" not in fleet.chunks(job), what="the other's claims")
     assert time.monotonic() - told < 5 + 2
-    assert bool(fleet.owed_by(second)) or fleet.state(job) == "completed"
+    assert fleet.owed_by(second)
     verdict = fleet.is_clean()
-    assert before
     assert fleet.deaths() == 0
-    assert verdict.recomputed == 0, "what had finished was saved in the drain"
+    assert verdict.recomputed == 0
 
 
 DEFAULTS = {
