@@ -23,6 +23,8 @@ from worker.engine.scheduler import Scheduler
 logger = logging.getLogger(__name__)
 
 _RECENT_STEPS = 256
+_CALM_STEPS = 1000
+"""After so many steps without a lack of memory they may be twice as large again."""
 
 
 class BatchEngine:
@@ -40,6 +42,9 @@ class BatchEngine:
         self._samples: dict[int, list[Sample]] = {}
         """The samples of each generation, by its identity: the engine's thread's alone."""
         self._planned: list[Sample] = []
+        self._planned_rows = 0
+        self._calm: int | None = None
+        """Steps since memory was lacking; None while steps have their full size."""
         self._order = 0
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -183,7 +188,7 @@ class BatchEngine:
             return []
         now = time.monotonic()
         samples = [cast(Sample, span.sequence) for span in plan.spans]
-        self._planned = samples
+        self._planned, self._planned_rows = samples, plan.rows
         for sample in samples:
             if not sample.started:
                 sample.started = now
@@ -242,15 +247,23 @@ class BatchEngine:
         if self._step_started is not None:
             self._recent.append(now - self._step_started)
         self._step_started = now
+        if self._calm is not None:
+            self._calm += 1
+            if self._calm >= _CALM_STEPS:
+                self.scheduler.limit(2 * self.scheduler.budget)
+                self._calm = 0 if self.scheduler.limited else None
 
     # When a step fails.
 
     def _recover(self, error: Exception) -> None:
         """Finds out who makes a step fail: again in two halves, then one by one.
 
-        All others keep what they have generated; their keys and values are computed again.
+        All others keep what they have generated; their keys and values are computed again. Where
+        memory was lacking and nobody alone is to blame, steps stay as small as those that went
+        well.
         """
         suspects = [sample for sample in self._planned if not sample.done]
+        rows, full = self._planned_rows, self.scheduler.budget
         if self._lost():
             self._break(one_line(error))
             return
@@ -261,19 +274,44 @@ class BatchEngine:
         )
         self.scheduler.start_over()
         parked = cast("list[Sample]", self.scheduler.drain())
+        lacking, blamed, fits = out_of_memory(error), False, (rows + 1) // 2
         middle = (len(suspects) + 1) // 2
         for half in (suspects[:middle], suspects[middle:]):
-            if self.broken is None and half and self._survives(half) is not None:
-                for sample in half:
-                    failure = None if self.broken else self._survives([sample])
-                    if failure is not None:
-                        code = "out_of_memory" if out_of_memory(failure) else "engine_error"
-                        sample.fail(code, one_line(failure))
+            if self.broken is not None or not half:
+                continue
+            if lacking:
+                self.scheduler.limit((rows + 1) // 2)
+            if self._survives(half) is not None:
+                if lacking:
+                    self.scheduler.limit(rows // 4)
+                blamed = self._one_by_one(half) or blamed
+            fits = min(fits, self.scheduler.budget)
+        if lacking:
+            self.scheduler.limit(full if blamed else fits)
+            self._calm = 0 if self.scheduler.limited else None
+            logger.warning("out of memory; from now on %d rows a step", self.scheduler.budget)
         ended = [sample for sample in parked if sample.done]
         for sample in parked:
             if not sample.done:
                 self.scheduler.add(sample)
         self._let_go(ended)
+
+    def _one_by_one(self, samples: Many[Sample]) -> bool:
+        """Fails those that fail alone; whether there were any."""
+        blamed = False
+        for sample in samples:
+            before = self.scheduler.budget
+            failure = None if self.broken else self._survives([sample])
+            while failure is not None and out_of_memory(failure) and self.scheduler.budget > 1:
+                # A long prompt may fit in smaller pieces.
+                self.scheduler.limit(self.scheduler.budget // 2)
+                failure = None if self.broken else self._survives([sample])
+            if failure is not None:
+                blamed = True
+                self.scheduler.limit(before)
+                code = "out_of_memory" if out_of_memory(failure) else "engine_error"
+                sample.fail(code, one_line(failure))
+        return blamed
 
     def _survives(self, group: Many[Sample]) -> Exception | None:
         """Lets a group choose one token each, with nobody else; returns what went wrong."""

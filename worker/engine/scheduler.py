@@ -58,6 +58,18 @@ class Scheduler:
         """In the order of admission."""
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
         self.preemptions = 0
+        self._most = (max_sequences, budget)
+
+    @property
+    def limited(self) -> bool:
+        """Whether steps are smaller than they were made to be."""
+        return self.budget < self._most[1]
+
+    def limit(self, rows: int) -> None:
+        """At most so many rows a step from now on, and never more than it was made with."""
+        sequences, budget = self._most
+        self.budget = max(1, min(rows, budget))
+        self.max_sequences = min(sequences, self.budget)
 
     @property
     def waiting(self) -> int:
