@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,16 @@ from nightherd.queue import KEY_PREFIX, queue_name
 from nightherd.settings import Settings
 from producer.dispatch import Dispatcher
 from producer.housekeeping import Housekeeper
-from tests.faults.killing import at_once, kills, settle, unharmed, url_of
+from tests.conftest import start_redis, wait_until
+from tests.faults.killing import (
+    at_once,
+    kills,
+    pause,
+    postgresql_copy,
+    settle,
+    unharmed,
+    url_of,
+)
 from tests.seeding import (
     KEY,
     check_sums,
@@ -35,6 +48,8 @@ from tests.seeding import (
     save,
     work_off,
 )
+from tests.worker.house import store_job
+from tests.worker.test_app import Workplace
 
 MakeSettings = Callable[..., Settings]
 
@@ -227,3 +242,95 @@ def test_two_workers_finish_the_last_two_chunks_together(database: Database) -> 
         assert check_sums(database, job_id)["done"] == 8
     with database.read() as connection:
         assert connection.execute(select(func.count()).select_from(Job)).scalar_one() == ROUNDS
+
+
+# How long recovery takes with the settings as they come.
+
+
+@contextlib.contextmanager
+def _workplace(database: Database, folder: Path) -> Iterator[Workplace]:
+    """Worker processes at default settings."""
+    folder.mkdir()
+    with tempfile.TemporaryDirectory(prefix="nightherd-redis-") as run:
+        socket = Path(run) / "redis.sock"
+        server = start_redis(socket)
+        made = Workplace(database, folder, server, f"redis+socket://{socket}?virtual_host=0")
+        for name in ("LEASE", "RENEW", "TICK", "WATCH", "SAVE"):
+            del made.variables[f"NIGHTHERD_{name}_SECONDS"]
+        try:
+            yield made
+        finally:
+            made.close()
+            server.kill()
+            server.wait()
+
+
+def _all_on(workplace: Workplace, chunks: int) -> Callable[[], bool]:
+    """Whether all chunks run on the one worker that is ready and started last."""
+
+    def look() -> bool:
+        with workplace.database.read() as connection:
+            newest = connection.execute(
+                select(Worker.id).where(Worker.state == "ready").order_by(Worker.id.desc()).limit(1)
+            ).scalar_one()
+            running = select(func.count()).where(
+                Chunk.state == "running", Chunk.worker_id == newest
+            )
+            return connection.execute(running).scalar_one() == chunks
+
+    return look
+
+
+def _recovery(workplace: Workplace) -> dict[str, float]:
+    """Seconds until the chunks of a drained worker, and of a dead one, run elsewhere."""
+    took = {}
+    first = workplace.start(step_seconds=0.1)
+    job_id = store_job(
+        workplace.database, [f"p{n}" for n in range(4)], chunk_size=1, params={"max_tokens": 4000}
+    )
+    workplace.ring()
+    wait_until(_all_on(workplace, 4), seconds=30, what="all chunks on the first worker")
+
+    second = workplace.start(step_seconds=0.1)
+    started = time.monotonic()
+    first.terminate()
+    wait_until(_all_on(workplace, 4), seconds=30, what="all chunks on the second worker")
+    took["drained"] = time.monotonic() - started
+    assert first.wait(10) == 0
+
+    third = workplace.start(step_seconds=0.1)
+    pause(DEFAULTS.lease_seconds + 2 * DEFAULTS.tick_seconds)  # until it may judge others
+    started = time.monotonic()
+    second.kill()
+    wait_until(_all_on(workplace, 4), seconds=120, what="all chunks on the third worker")
+    took["dead"] = time.monotonic() - started
+    rows = job_chunks(workplace.database, job_id)
+    assert [row.deaths for row in rows] == [1] * 4
+    assert third.poll() is None
+    return took
+
+
+DEFAULTS = Settings()
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+def test_recovery_at_default_settings(
+    sqlite_database: Database, postgresql: str, postgresql_template: str, tmp_path: Path
+) -> None:
+    """A drained worker's chunks go on at once, a dead one's after its lease and a tick."""
+    assert (DEFAULTS.lease_seconds, DEFAULTS.tick_seconds) == (45, 10)
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(postgresql_copy(postgresql, postgresql_template))
+        other = Database(url)
+        stack.callback(other.close)
+        places = [
+            stack.enter_context(_workplace(database, tmp_path / name))
+            for database, name in ((sqlite_database, "sqlite"), (other, "postgresql"))
+        ]
+        with ThreadPoolExecutor(2) as pool:
+            took = list(pool.map(_recovery, places))
+    print(took)
+    for each in took:
+        assert each["drained"] <= 2, took
+        assert each["dead"] <= DEFAULTS.lease_seconds + DEFAULTS.tick_seconds + 1, took

@@ -1,0 +1,92 @@
+"""Fault 24: a job is half done under the schema of before; new workers finish it under this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from alembic.script import ScriptDirectory
+from sqlalchemy import insert, select, text
+
+import models
+from migrations import runner
+from models import Base
+from models.database import Database
+from models.store import jobs
+from nightherd.settings import Settings
+from tests.seeding import die
+from tests.worker.house import open_house, store_job
+
+MakeSettings = Callable[..., Settings]
+Rows = dict[str, list[dict[str, Any]]]
+
+PROMPTS = [f"prompt {number}" for number in range(16)]
+PROMPTS[5] = "longer than the first worker's context " * 10
+
+
+def _revision_before() -> str | None:
+    """The revision before the newest; None while there is but one."""
+    script = ScriptDirectory(runner._folder()).get_revision(models.SCHEMA_REVISION)
+    assert script is not None
+    before = script.down_revision
+    assert before is None or isinstance(before, str)
+    return before
+
+
+def _dump(database: Database) -> Rows:
+    with database.read() as connection:
+        return {
+            table.name: [
+                {column.key: row._mapping[column] for column in table.columns}
+                for row in connection.execute(select(table))
+            ]
+            for table in Base.metadata.sorted_tables
+        }
+
+
+def _load(database: Database, rows: Rows) -> None:
+    with database.write() as connection:
+        for table in reversed(Base.metadata.sorted_tables):
+            connection.execute(table.delete())
+        for table in Base.metadata.sorted_tables:
+            if rows[table.name]:
+                connection.execute(insert(table), rows[table.name])
+        if database.dialect == "postgresql":
+            connection.execute(
+                text("SELECT setval(pg_get_serial_sequence('chunks', 'id'), max(id)) FROM chunks")
+            )
+
+
+def test_upgrade_of_a_job_that_is_half_done(
+    database: Database, make_settings: MakeSettings
+) -> None:
+    """Down and up again on filled tables; where down leaves no table, the rows come from a dump."""
+    settings = make_settings()
+    job = store_job(database, PROMPTS)
+    with open_house(database, settings) as house:
+        assert [house.wake().result(20) for _ in range(2)] == ["done"] * 2
+        died_with = house.claim().claim.chunk_id
+        worker = house.identity.id
+    dumped = _dump(database)
+    before = _revision_before()
+    runner.downgrade(database, before or "base")
+    assert runner.current_revision(database) == before
+    runner.upgrade(database)
+    assert runner.current_revision(database) == models.SCHEMA_REVISION
+    if before is None:
+        _load(database, dumped)
+    assert _dump(database) == dumped
+
+    die(database, worker)
+    with open_house(database, settings, context_length=1024) as heir:
+        states = {chunk.id: (chunk.state, chunk.deaths) for chunk in heir.chunks(job)}
+        assert states[died_with] == ("queued", 1)
+        heir.work_off()
+        assert heir.engine.added == 8, "what was done is not computed again"
+        assert heir.job_state(job) == "completed"
+        assert [row.number for row in heir.results(job) if row.error_code] == [5]
+        # New chunks can be made, too.
+        assert database.retrying(lambda c: jobs.retry(c, job, only_code=None, chunk_size=4)) == 1
+        heir.work_off()
+        assert len(heir.chunks(job)) == 5
+        heir.check_complete(job, PROMPTS)
