@@ -99,7 +99,9 @@ def explain(error: DBAPIError | PoolTimeout, url: URL) -> DatabaseError:
         reason = reason.removeprefix(prefix)
     place = url.render_as_string(hide_password=True)
     if url.get_backend_name() != "sqlite":
-        hint = " (is it running, is NIGHTHERD_DATABASE_URL right?)"
+        # A state comes from a server that runs and knows us: a deadlock, a full disk.
+        told = getattr(original, "sqlstate", None) is not None
+        hint = "" if told else " (is it running, is NIGHTHERD_DATABASE_URL right?)"
     else:
         hint = next((f"; {mend}" for sign, mend in _SQLITE_REMEDIES if sign in reason), "")
     return DatabaseError(f"the database {place} refuses: {reason}{hint}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -134,9 +135,12 @@ def trouble(sqlite_database: Database) -> Iterator[TroubledDatabase]:
 
 def _loses_answers(database: Database, settings: Settings, lose: Callable[[], Any]) -> None:
     """A worker whose saves take place, and are not answered."""
-    job_id = store_job(database, PROMPTS, chunk_size=4, samples=2)
-    engine = FakeEngine(step_seconds=0.01)
+    store_job(database, PROMPTS[:1], samples=2)
+    engine = FakeEngine()
     with open_house(database, settings, engine) as house:
+        # Parameters and provenance are there before: the answers are those to results.
+        house.work_off()
+        job_id = store_job(database, PROMPTS, chunk_size=4, samples=2)
         engine.hang()
         wakes = [house.wake(), house.wake()]
         wait_until(lambda: engine.stats().running == 16)
@@ -146,22 +150,24 @@ def _loses_answers(database: Database, settings: Settings, lose: Callable[[], An
             wake.result(20)
         # `returned` or `done`: an end whose answer was lost looks like a chunk that was lost.
         house.check_complete(job_id, PROMPTS, samples=2)
-        assert engine.added == 8
+        assert engine.added == 1 + 8
 
 
 @pytest.mark.parametrize("answers", [1, 2, 4])
 def test_the_connection_dies_after_the_commit_and_before_its_answer(
     postgresql: str, postgresql_template: str, make_settings: MakeSettings, answers: int
 ) -> None:
-    with postgresql_copy(postgresql, postgresql_template) as url, wire_to(url) as wire:
-        database = Database(wire.url, pool_size=10)
+    with (
+        postgresql_copy(postgresql, postgresql_template) as url,
+        wire_to(url) as wire,
+        contextlib.closing(Database(wire.url, pool_size=10)) as database,
+    ):
 
         def lose() -> None:
             wire.lose_answers = answers
 
         _loses_answers(database, make_settings(save_samples=4), lose)
         assert wire.lose_answers == 0
-        database.close()
 
 
 @pytest.mark.parametrize("answers", [1, 2, 4])

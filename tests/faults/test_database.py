@@ -311,6 +311,13 @@ def postgresql_apart(postgresql: str, postgresql_template: str) -> Iterator[Data
         database.close()
 
 
+@pytest.fixture
+def watch(postgresql_apart: Database) -> Iterator[Database]:
+    """The same database, for others than the worker."""
+    with contextlib.closing(Database(url_of(postgresql_apart))) as database:
+        yield database
+
+
 def _errors(database: Database) -> list[str | None]:
     """The states of all errors that the database's users meet from now on."""
     met: list[str | None] = []
@@ -331,9 +338,13 @@ def _blocked(database: Database) -> bool:
         return bool(connection.exec_driver_sql(query).scalar_one())
 
 
-def test_deadlock(postgresql_apart: Database, make_settings: MakeSettings) -> None:
+def test_deadlock(
+    postgresql_apart: Database,
+    watch: Database,
+    make_settings: MakeSettings,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Another transaction locks the chunk and then wants the job, against the house's order."""
-    watch = Database(url_of(postgresql_apart))
     met = _errors(postgresql_apart)
     with (
         _at_the_save(postgresql_apart, make_settings(), watch) as (job_id, go_on),
@@ -347,18 +358,18 @@ def test_deadlock(postgresql_apart: Database, make_settings: MakeSettings) -> No
         other.execute(select(Job.id).where(Job.id == job_id).with_for_update())
         wait_until(lambda: "40P01" in met, what="a deadlock")
         assert _not_counted(postgresql_apart, job_id)
-    watch.close()
+    assert "is it running" not in caplog.text, "a server that answers runs"
 
 
-def test_serialisation_failure(postgresql_apart: Database, make_settings: MakeSettings) -> None:
+def test_serialisation_failure(
+    postgresql_apart: Database, watch: Database, make_settings: MakeSettings
+) -> None:
     """Where an administrator made transactions serialisable, they fail where they would wait."""
-    watch = Database(url_of(postgresql_apart))
     with watch.write() as connection:
         name = connection.execute(text("SELECT current_database()")).scalar_one()
         connection.execute(
             text(f"ALTER DATABASE {name} SET default_transaction_isolation TO 'serializable'")
         )
-    postgresql_apart.engine.dispose()
     met = _errors(postgresql_apart)
     with _at_the_save(postgresql_apart, make_settings(), watch) as (job_id, go_on):
         with watch.write() as other:
@@ -367,4 +378,3 @@ def test_serialisation_failure(postgresql_apart: Database, make_settings: MakeSe
             wait_until(lambda: _blocked(postgresql_apart), what="the save at the chunk's lock")
             assert _not_counted(postgresql_apart, job_id)
         wait_until(lambda: "40001" in met, what="a serialisation failure")
-    watch.close()

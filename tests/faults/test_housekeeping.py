@@ -18,8 +18,8 @@ from sqlalchemy import func, select, update
 
 from models.base import db_now
 from models.database import Database
-from models.job import Chunk, Job
-from models.store import chunks, jobs
+from models.job import OPEN_JOB_STATES, Chunk, Job
+from models.store import chunks, jobs, results
 from models.worker import Worker
 from nightherd.queue import KEY_PREFIX, queue_name
 from nightherd.settings import Settings
@@ -37,6 +37,7 @@ from tests.faults.killing import (
 )
 from tests.seeding import (
     KEY,
+    as_save,
     check_sums,
     claim,
     die,
@@ -45,6 +46,8 @@ from tests.seeding import (
     lapse,
     make_job,
     make_worker,
+    owed,
+    result_row,
     save,
     work_off,
 )
@@ -201,41 +204,52 @@ def test_ten_housekeepers_at_once(
         check_sums(database, job_id)
 
 
-ROUNDS = 10
+ROUNDS, ROUND_SECONDS = 25, 0.03
 
 
 def end_chunks(go: Callable[[], None], url: str) -> list[str]:
-    """Holds a chunk of each job and ends them all; the jobs that it completed."""
+    """Holds a chunk of each job and ends them one after the other; the jobs that it completed."""
     database = Database(url)
     worker = make_worker(database)
-    held = [claim(database, worker, only_job=job_id) for job_id in _open_jobs(database)]
+    saves = []
+    for job_id in _open_jobs(database):
+        held = claim(database, worker, only_job=job_id)
+        rows = [result_row(index) for index, _ in owed(database, held)]
+        saves.append(as_save(held, rows, end="done"))
     go()
+    # The clock is the same for all processes: so they meet anew for each job.
+    start = (int(time.monotonic() / ROUND_SECONDS) + 5) * ROUND_SECONDS
     completed: list[str] = []
-    for one in held:
-        completed += save(database, worker, one).completed
+    for number, one in enumerate(saves):
+        time.sleep(max(0.0, start + number * ROUND_SECONDS - time.monotonic()))
+        completed += database.retrying(lambda c, s=one: results.save(c, worker, [s])).completed  # type: ignore[misc]
     return completed
 
 
 def complete_all(go: Callable[[], None], url: str) -> list[str]:
-    """A tick's net beside them."""
+    """A tick's net beside them, again and again."""
     database = Database(url)
     go()
     completed: list[str] = []
-    for _ in range(ROUNDS * 2):
+    while _open_jobs(database):
         completed += database.retrying(jobs.complete_all)
     return completed
 
 
 def _open_jobs(database: Database) -> list[str]:
     with database.read() as connection:
-        return list(connection.execute(select(Job.id).order_by(Job.id)).scalars())
+        query = select(Job.id).where(Job.state.in_(OPEN_JOB_STATES)).order_by(Job.id)
+        return list(connection.execute(query).scalars())
 
 
-def test_two_workers_finish_the_last_two_chunks_together(database: Database) -> None:
-    """Two processes and a sweep beside them: each job is completed exactly once."""
+@pytest.mark.parametrize("beside", [(), (complete_all,)], ids=["alone", "beside a sweep"])
+def test_two_workers_finish_the_last_two_chunks_together(
+    database: Database, beside: tuple[Callable[..., Any], ...]
+) -> None:
+    """In two processes: each job is completed exactly once, with no sweep to mend it or with."""
     ids = [make_job(database, 8) for _ in range(ROUNDS)]
     url = url_of(database)
-    answers = at_once([(end_chunks, (url,)), (end_chunks, (url,)), (complete_all, (url,))])
+    answers = at_once([(piece, (url,)) for piece in (end_chunks, end_chunks, *beside)])
     assert sorted(one for answer in answers for one in answer) == sorted(ids)
     for job_id in ids:
         assert job(database, job_id).state == "completed"
