@@ -36,6 +36,8 @@ _CHECKED_AT_ONCE = 128
 """Rows, which are tokenised together where they may be too long."""
 _ID_ATTEMPTS = 5
 _DISCARD_SECONDS = 5.0
+_SQLITE_TURN_SECONDS = 0.12
+"""Longer than SQLite lets pass between two looks at a lock."""
 _SMALLEST_CHUNK, _LARGEST_CHUNK, _CHUNKS_OF_SMALL_JOB = 16, 256, 8
 
 Progress = Callable[[str, int, int | None], None]
@@ -230,7 +232,7 @@ def _store(
         for request in spool:
             batch.append(request)
             if len(batch) == settings.store_batch or stored + len(batch) == total:
-                ready = batch
+                ready, began = batch, time.monotonic()
                 database.retrying(
                     lambda connection, ready=ready: store.store_requests(  # type: ignore[misc]
                         connection, job_id, ready
@@ -239,12 +241,24 @@ def _store(
                 stored += len(batch)
                 batch = []
                 report("storing", stored, total)
+                if stored < total:
+                    _let_others_write(database, time.monotonic() - began)
         ranges = list(_chunk_ranges(spool.samples, settings.chunk_size or chunk_size(total)))
         database.retrying(lambda connection: store.finish_storing(connection, job_id, ranges))
     except BaseException:
         _discard(database, job_id)
         raise
     return SubmittedJob(job_id, seed, total, sum(spool.samples))
+
+
+def _let_others_write(database: Database, held_seconds: float) -> None:
+    """Leaves SQLite's lock alone for as long as it was held, if need be for one more look at it.
+
+    Who waits for it looks every 100 ms at most. Between two batches it would be free for less than
+    that, and a worker could miss it again and again.
+    """
+    if database.dialect == "sqlite":
+        time.sleep(min(held_seconds, _SQLITE_TURN_SECONDS))
 
 
 def _begin(database: Database, options: JobOptions, seed: int) -> str:
@@ -278,13 +292,17 @@ def _begin(database: Database, options: JobOptions, seed: int) -> str:
 
 def _discard(database: Database, job_id: str) -> None:
     """Removes what was stored of a job that will not be; housekeeping goes on after a while."""
-    deadline = time.monotonic() + _DISCARD_SECONDS
+    began = time.monotonic()
+    deadline = began + _DISCARD_SECONDS
     try:
         while database.retrying(
             lambda connection: store.discard_storing(connection, job_id), patience=1.0
         ):
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > deadline:
                 return
+            _let_others_write(database, now - began)
+            began = time.monotonic()
     except NightherdError as error:
         log.debug("left to housekeeping: %s", error)
 
