@@ -146,7 +146,7 @@ class _Stopwatch:
 
     def _run(self) -> None:
         try:
-            while not self._stop.wait(0.01):
+            while not self._stop.wait(0.05):  # more often than any worker
                 started = time.monotonic()
                 self._work()
                 self.longest = max(self.longest, time.monotonic() - started)
@@ -208,5 +208,5 @@ def test_submitting_many_rows_stalls_no_worker(
     longest = {name: round(watch.longest, 2) for name, watch in watches.items()}
     done = {name: watch.count for name, watch in watches.items()}
     print(f"{count} rows in {took:.1f} s; longest {longest}, done {done}")
-    assert all(number > 20 for number in done.values()), done
+    assert all(number > 10 for number in done.values()), done
     assert max(longest.values()) < 2, longest
