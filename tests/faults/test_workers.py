@@ -130,48 +130,6 @@ def test_sigterm_mid_chunk(fleet: Fleet) -> None:
     assert verdict.recomputed == 0
 
 
-DEFAULTS = {
-    "NIGHTHERD_LEASE_SECONDS": "45",
-    "NIGHTHERD_RENEW_SECONDS": "10",
-    "NIGHTHERD_TICK_SECONDS": "10",
-    "NIGHTHERD_WATCH_SECONDS": "1",
-    "NIGHTHERD_SAVE_SECONDS": "2",
-}
-
-
-@pytest.mark.faults
-@pytest.mark.timeout(300)
-def test_recovery_at_default_settings(postgresql_fleet: Fleet) -> None:
-    """After a drain within two seconds, after a death within a lease and a tick."""
-    fleet = postgresql_fleet
-    began = time.monotonic()
-    drained, killed, other = fleet.start_many(
-        3, step_seconds=0.05, blocks=16384, variables={**DEFAULTS, "NIGHTHERD_SLOTS": "12"}
-    )
-    job = fleet.submit(MANY[:96], max_tokens=3500)
-    wait_until(lambda: fleet.chunks(job).count("running") == 24, seconds=30)
-
-    def gone_from(worker: Process) -> bool:
-        return not fleet.owed_by(worker) and set(fleet.chunks(job)) == {"running"}
-
-    assert fleet.owed_by(drained)
-    started = time.monotonic()
-    drained.terminate()
-    wait_until(lambda: gone_from(drained), seconds=30, what="the others' claims")
-    assert time.monotonic() - started < 2
-
-    assert fleet.owed_by(killed)
-    # Another takes what the dead one had: two workers of twelve slots have all 24 chunks.
-    fleet.start(step_seconds=0.05, blocks=16384, variables={**DEFAULTS, "NIGHTHERD_SLOTS": "24"})
-    # Nobody buries anybody before it has itself ticked for a whole lease.
-    wait_until(lambda: time.monotonic() - began > 45 + 2 * 10, seconds=90)
-    started = time.monotonic()
-    fleet.kill_9(killed)
-    wait_until(lambda: gone_from(killed), seconds=120, what="the others' claims")
-    assert 20 < time.monotonic() - started < 45 + 10 + 2
-    assert other.poll() is None
-
-
 @pytest.mark.parametrize(
     ("place", "deaths"),
     [(COMMIT, 1), ("worker.lease:Lease.leave", 0)],
