@@ -106,8 +106,9 @@ class Settings(BaseModel):
     kv_memory: int | None = Field(
         default=None,
         ge=1,
-        description="Memory of the KV cache, as `2GiB`; by default a quarter of what is free and "
-        "at most 4 GiB on a CPU, four fifths of what is free on a GPU.",
+        description="Memory of the KV cache, as `2GiB`, taken when a worker starts; by default it "
+        "grows as it is needed, on a CPU to a quarter of what is free and at most 4 GiB, and is "
+        "four fifths of what is free on a GPU.",
     )
     threads: int | None = Field(
         default=None,

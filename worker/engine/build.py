@@ -40,7 +40,7 @@ class EngineOptions:
     budget: int | None = None
     """Rows of a step, at most."""
     kv_memory: int | None = None
-    """Bytes of the KV cache."""
+    """Bytes of the KV cache; who says a number has them from the start, not as they are needed."""
     context: int | None = None
     """Prompt and output together, at most; the checkpoint's own where that is less."""
     threads: int | None = None
@@ -122,7 +122,10 @@ def _batch_engine(
                 max_sequences=sequences,
                 threads=threads,
                 library_folder=library_folder,
+                reserve=options.kv_memory is not None,
             )
+        except MemoryError as error:
+            raise CheckpointError(f"{error}; give less with --kv-memory") from None
         except (LibraryError, UnsupportedModelError) as error:
             if options.kind == "kernels":
                 raise CheckpointError(f"the kernels cannot be used: {error}") from None
@@ -168,6 +171,11 @@ def _blocks(
         )
     whole = -(-context // BLOCK)
     blocks = min(memory // size, sequences * whole)
+    if options.kv_memory is not None and blocks * size > available:
+        raise CheckpointError(
+            f"a KV cache of {_size(blocks * size)} does not fit: {_size(available)} is free; give "
+            "less with --kv-memory"
+        )
     if blocks < 1 or (options.context is not None and blocks < whole):
         raise CheckpointError(
             f"a KV cache of {_size(memory)} holds {blocks * BLOCK:,} tokens, and one sequence of "

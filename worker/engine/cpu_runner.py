@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +29,8 @@ from worker.engine.sequence import Sequence
 from worker.engine.weights import LayerWeights, Shape, UnsupportedModelError
 
 MAX_HEAD_DIM = 256
+_MADV_POPULATE_WRITE = 23
+"""`mmap` has no name for it."""
 
 
 def check_shape(shape: Shape, dtype: torch.dtype) -> None:
@@ -60,9 +64,11 @@ class CpuRunner:
         max_sequences: int,
         threads: int,
         library_folder: Path,
+        reserve: bool = False,
     ) -> None:
-        """`max_rows` and `max_sequences`: of one step. Raises `UnsupportedModelError` and
-        `LibraryError`, both before the model is touched."""
+        """`max_rows` and `max_sequences`: of one step. `reserve`: the KV cache takes all its memory
+        now, not as it fills. Raises `UnsupportedModelError` and `LibraryError`, both before the
+        model is touched, and `MemoryError`."""
         self.shape = weights.shape_of(model)
         dtype = weights.embedding(model).dtype
         check_shape(self.shape, dtype)
@@ -70,6 +76,7 @@ class CpuRunner:
         self._dtype = dtype
         self.num_blocks = num_blocks
         self.vocab_size = min(vocab_size, self.shape.vocab_rows)
+        self._reserve = reserve
         self._kept: list[torch.Tensor] = []
         """Whatever the kernels have pointers to."""
         self._layers = (Layer * self.shape.layers)()
@@ -171,7 +178,9 @@ class CpuRunner:
         for name, vector in _vectors(given).items():
             if vector is not None:
                 setattr(layer, name, self._keep(_padded(vector.float(), PANEL)))
-        cache = _lazy_zeros((self.num_blocks, 2 * shape.kv_width * BLOCK), self._dtype)
+        cache = _zeros(
+            (self.num_blocks, 2 * shape.kv_width * BLOCK), self._dtype, reserve=self._reserve
+        )
         layer.cache = self._keep(cache)
         weights.drop_layer(model, index)
 
@@ -261,11 +270,18 @@ def _bias(bias: torch.Tensor | None, matrix: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(matrix), dtype=matrix.dtype) if bias is None else bias
 
 
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that take memory only where they are written."""
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, *, reserve: bool) -> torch.Tensor:
+    """Zeros that take memory where they are written, or all of it at once."""
     memory = mmap.mmap(-1, int(np.prod(shape)) * dtype.itemsize)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # Attention reads all over the cache: fewer page tables to walk.
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
+    if reserve and sys.platform == "linux":
+        try:
+            memory.madvise(_MADV_POPULATE_WRITE)
+        except OSError as error:
+            if error.errno == errno.ENOMEM:
+                raise MemoryError("no memory for the KV cache") from None
+            # Linux before 5.14: it takes its memory as it fills.
     return torch.frombuffer(memory, dtype=dtype).view(shape)

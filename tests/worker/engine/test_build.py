@@ -151,6 +151,28 @@ def test_too_little_memory_is_one_line(
         build(**options)
 
 
+def test_memory_that_is_not_there_is_one_line(build: Callable[..., Engine]) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"2\.0 MiB does not fit: 1\.0 MiB is free; give less"
+    ):
+        build(kv_memory=2 << 20, available=1 << 20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory is taken as it is needed")
+def test_memory_that_was_asked_for_is_taken_at_once(build: Callable[..., Engine]) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    size = 192 << 20
+    build(max_batch=1000)
+    before = resident()
+    build(max_batch=1000)
+    between = resident()
+    build(max_batch=1000, kv_memory=size)
+    assert between - before < size / 2
+    assert resident() - between > size * 0.9
+
+
 def test_a_smaller_context_is_kept(build: Callable[..., Engine]) -> None:
     engine = build(context=20)
     (future,) = engine.add(ask((3,) * 15, max_new_tokens=6)).futures
