@@ -6,8 +6,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 EXAMPLE := examples/prompts.jsonl
 DEMO_RESULTS := build/demo-results.jsonl
 comma := ,
-# Tests that measure no time may run two at once.
-SIDE_BY_SIDE := tests/commands tests/migrations tests/models tests/nightherd tests/producer
+# Tests that neither measure time nor need both cores run side by side; three, as they often wait.
+SIDE_BY_SIDE := tests/commands tests/faults tests/migrations tests/models tests/nightherd tests/producer \
+	tests/acceptance/test_main_job.py tests/test_compose.py tests/test_docs.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test faults soak lint format docs peers clean
@@ -49,7 +50,7 @@ lint: $(VENV)/.dev  ## ruff, mypy --strict, import contracts
 	$(BIN)/lint-imports
 
 test: lint  ## Everything that must pass: lint and all tests
-	$(BIN)/python -P -m pytest -n 2 --dist worksteal $(SIDE_BY_SIDE)
+	$(BIN)/python -P -m pytest -n 3 --dist worksteal $(SIDE_BY_SIDE)
 	$(BIN)/python -P -m pytest $(SIDE_BY_SIDE:%=--ignore=%)
 
 faults: $(VENV)/.dev  ## Faults at length: hundreds of kills, outages, a poisonous request among a thousand

@@ -152,9 +152,7 @@ def test_too_little_memory_is_one_line(
 
 
 def test_memory_that_is_not_there_is_one_line(build: Callable[..., Engine]) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"2\.0 MiB does not fit: 1\.0 MiB is free; give less"
-    ):
+    with pytest.raises(CheckpointError, match=r"does not fit: 1\.0 MiB is free; give less"):
         build(kv_memory=2 << 20, available=1 << 20)
 
 
