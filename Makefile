@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 EXAMPLE := examples/prompts.jsonl
 DEMO_RESULTS := build/demo-results.jsonl
 comma := ,
-# Tests that neither measure time nor need both cores run side by side; three, as they often wait.
+# Tests that neither measure time nor need both cores run side by side.
 SIDE_BY_SIDE := tests/commands tests/faults tests/migrations tests/models tests/nightherd tests/producer \
 	tests/acceptance/test_main_job.py tests/test_compose.py tests/test_docs.py
 
@@ -50,7 +50,7 @@ lint: $(VENV)/.dev  ## ruff, mypy --strict, import contracts
 	$(BIN)/lint-imports
 
 test: lint  ## Everything that must pass: lint and all tests
-	$(BIN)/python -P -m pytest -n 3 --dist worksteal $(SIDE_BY_SIDE)
+	$(BIN)/python -P -m pytest -n 2 --dist worksteal $(SIDE_BY_SIDE)
 	$(BIN)/python -P -m pytest $(SIDE_BY_SIDE:%=--ignore=%)
 
 faults: $(VENV)/.dev  ## Faults at length: hundreds of kills, outages, a poisonous request among a thousand

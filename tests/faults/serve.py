@@ -19,7 +19,8 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,8 @@ def _inject(options: Options, ledger: Ledger) -> None:
     """Changes what the options ask for, before any of it is used."""
     if options.at is not None:
         _inject_signal(options.at, options, ledger)
+        if options.signal == "SIGSTOP":
+            _replace("models.database:Database._begin", _one_writer)
     if options.step_limit is not None:
         import worker.lease
 
@@ -245,6 +248,19 @@ def _inject(options: Options, ledger: Ledger) -> None:
     if options.rings != 1 or options.lost_rings:
         _replace("celery:Celery.send_task", _ringing(options, ledger))
     _replace("worker.tasks:ChunkRunner.wake", _noting(ledger))
+
+
+_writing = threading.RLock()
+"""Held by whoever writes, so that a process never stands still with SQLite's lock in its hands."""
+
+
+def _one_writer(original: Callable[..., Any]) -> Callable[..., Any]:
+    @contextmanager
+    def begin(self: Any, *, reading: bool) -> Iterator[Any]:
+        with nullcontext() if reading else _writing, original(self, reading=reading) as connection:
+            yield connection
+
+    return begin
 
 
 def _inject_signal(place: str, options: Options, ledger: Ledger) -> None:
@@ -261,7 +277,8 @@ def _inject_signal(place: str, options: Options, ledger: Ledger) -> None:
                     mine = calls == options.nth
                 if mine:
                     ledger.add("signal", options.signal)
-                    os.kill(os.getpid(), signal.Signals[options.signal])
+                    with _writing:
+                        os.kill(os.getpid(), signal.Signals[options.signal])
             return original(*args, **given)
 
         return replacement

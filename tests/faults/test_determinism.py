@@ -70,15 +70,13 @@ def _the_same_bytes_with(processes: Fleet, kills: int, *, rows: int, tokens: int
     undisturbed = processes.submit(path, *SAMPLED, str(tokens))
     assert processes.wait(undisturbed)["state"] == "completed"
     job = processes.submit(path, *SAMPLED, str(tokens))
+
+    def in_the_middle() -> bool:
+        view = processes.view(job)
+        return view.done > 0 and view.chunks_running > 0
+
     for _ in range(kills):
-        before = processes.view(job).done
-        wait_until(
-            lambda before=before: (  # type: ignore[misc]
-                processes.view(job).done > before and processes.view(job).chunks_running > 0
-            ),
-            seconds=60,
-            what="a job in the middle",
-        )
+        wait_until(in_the_middle, seconds=60, what="a job in the middle")
         time.sleep(moments.uniform(0.0, 0.2))
         victim = workers.pop(0)
         kill_9(victim)
@@ -91,7 +89,7 @@ def _the_same_bytes_with(processes: Fleet, kills: int, *, rows: int, tokens: int
 
 
 def test_kills_change_no_byte_of_sampled_results(sqlite_processes: Fleet) -> None:
-    _the_same_bytes_with(sqlite_processes, kills=2, rows=40, tokens=150)
+    _the_same_bytes_with(sqlite_processes, kills=2, rows=64, tokens=200)
 
 
 @pytest.mark.faults
