@@ -6,9 +6,10 @@
 from models.base import Base
 from models.job import Chunk, Job, ParameterSet, Provenance, Request, Result
 from models.schedule import Firing, Schedule
+from models.webhook import Webhook
 from models.worker import ServedCheckpoint, Sweep, Worker
 
-SCHEMA_REVISION = "0001"
+SCHEMA_REVISION = "0002"
 """The Alembic revision that this program reads and writes."""
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "Schedule",
     "ServedCheckpoint",
     "Sweep",
+    "Webhook",
     "Worker",
 ]

@@ -6,11 +6,14 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import JSON, CheckConstraint, Float, ForeignKey, Index, Integer, String, Text
+from sqlalchemy import text as sql
 from sqlalchemy.orm import Mapped, mapped_column
 
 from models.base import Base, db_now
 
 FIRING_STATES = ("claimed", "submitted", "succeeded", "failed", "skipped")
+"""`claimed`: a beat makes its job; `submitted`: the job is live; the others are ends."""
+FIRING_KINDS = ("due", "manual", "backfill")
 
 
 class Schedule(Base):
@@ -24,7 +27,7 @@ class Schedule(Base):
     timezone: Mapped[str] = mapped_column(Text)
     input: Mapped[dict[str, Any]] = mapped_column(JSON(none_as_null=True))
     options: Mapped[dict[str, Any]] = mapped_column(JSON(none_as_null=True))
-    """The job's options, as `submit` knows them."""
+    """The job's options, as `submit` knows them, and those of each firing (output, webhooks)."""
     concurrency: Mapped[str] = mapped_column(String(16), default="forbid")
     misfire: Mapped[str] = mapped_column(String(16), default="coalesce")
     starting_deadline_seconds: Mapped[float | None] = mapped_column(Float)
@@ -37,6 +40,7 @@ class Schedule(Base):
     __table_args__ = (
         CheckConstraint("concurrency IN ('forbid', 'allow', 'replace')", name="concurrency"),
         CheckConstraint("misfire IN ('coalesce', 'skip', 'all')", name="misfire"),
+        Index("ix_schedules_next_at", "next_at"),
     )
 
 
@@ -48,8 +52,14 @@ class Firing(Base):
     id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
     schedule_id: Mapped[int] = mapped_column(ForeignKey("schedules.id", ondelete="CASCADE"))
     scheduled_for_utc: Mapped[datetime]
+    kind: Mapped[str] = mapped_column(String(16), default="due", server_default="due")
+    """One of FIRING_KINDS."""
     state: Mapped[str] = mapped_column(String(16))
     reason: Mapped[str | None] = mapped_column(Text)
+    output: Mapped[str | None] = mapped_column(Text)
+    """The file that its results go to when the job ends, with everything filled in."""
+    attempts: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
+    """Claims so far: more than one if a beat died with it."""
     claimed_by: Mapped[str | None] = mapped_column(String(16))
     lease_until: Mapped[datetime | None]
     created_at: Mapped[datetime] = mapped_column(insert_default=db_now())
@@ -64,5 +74,12 @@ class Firing(Base):
             "schedule_id",
             "scheduled_for_utc",
             unique=True,
+        ),
+        # Firings that somebody must still see to.
+        Index(
+            "ix_firings_open",
+            "schedule_id",
+            sqlite_where=sql("state IN ('claimed', 'submitted')"),
+            postgresql_where=sql("state IN ('claimed', 'submitted')"),
         ),
     )

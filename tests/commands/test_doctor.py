@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from models import SCHEMA_REVISION
 from models.database import Database
 from models.store import leases
 from nightherd.cli import COMMANDS
@@ -185,7 +186,7 @@ def test_schema_of_a_database(database: Database, database_url: str, tmp_path: P
     command = with_settings(tmp_path, database_url=database_url)
     answer = asked(command("doctor", "--only", "database", "--json"))
     facts = one(answer, "database", "ok")["facts"]
-    assert facts["schema"] == facts["schema_needed"] == "0001"
+    assert facts["schema"] == facts["schema_needed"] == SCHEMA_REVISION
     assert facts["dialect"] in facts["server"].lower()
 
 

@@ -20,6 +20,7 @@ from models.database import Database
 from models.job import Job
 from models.schedule import Firing, Schedule
 from models.store import leases, results
+from models.webhook import Webhook
 from nightherd.errors import DatabaseError, SchemaError
 from producer.database import open_database
 from tests.seeding import as_save, check_sums, claim, job, make_job, make_worker, result_row, save
@@ -54,6 +55,12 @@ def fill(database: Database) -> str:
         )
         results.store_provenance(connection, {"id": "p" * 32, "versions": {}, **facts})
     job_id = make_job(database, 8, firing_id=firing)
+    with database.write() as connection:
+        connection.execute(
+            insert(Webhook).values(
+                id="w" * 32, job_id=job_id, occasion="complete", url="https://x", state="waiting"
+            )
+        )
     worker = make_worker(database)
     held = claim(database, worker)
     rows = [
