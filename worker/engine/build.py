@@ -125,7 +125,7 @@ def _batch_engine(
                 reserve=options.kv_memory is not None,
             )
         except MemoryError as error:
-            raise CheckpointError(f"{error}; give less with --kv-memory") from None
+            raise CheckpointError(f"{error}; give less with {_remedy(options)}") from None
         except (LibraryError, UnsupportedModelError) as error:
             if options.kind == "kernels":
                 raise CheckpointError(f"the kernels cannot be used: {error}") from None
@@ -191,6 +191,11 @@ def _blocks(
             f"{context:,}",
         )
     return int(blocks)
+
+
+def _remedy(options: EngineOptions) -> str:
+    """The option whose memory is the first to give up."""
+    return "--max-batch" if options.kv_memory is None else "--kv-memory"
 
 
 def _size(count: float) -> str:

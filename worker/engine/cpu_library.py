@@ -137,6 +137,8 @@ def _load(path: str) -> ctypes.CDLL:
     library.nightherd_create.argtypes = (POINTER(Model),)
     library.nightherd_step.restype = c_int
     library.nightherd_step.argtypes = (c_void_p, POINTER(Step))
+    library.nightherd_choose.restype = c_int
+    library.nightherd_choose.argtypes = (c_void_p, c_int, c_void_p, c_void_p)
     library.nightherd_destroy.restype = None
     library.nightherd_destroy.argtypes = (c_void_p,)
     library.nightherd_sizes.restype = c_int

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import logging
 import mmap
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +29,8 @@ from worker.engine.runner import Choices
 from worker.engine.scheduler import Plan
 from worker.engine.sequence import Sequence
 from worker.engine.weights import LayerWeights, Shape, UnsupportedModelError
+
+log = logging.getLogger("nightherd.engine")
 
 MAX_HEAD_DIM = 256
 _MADV_POPULATE_WRITE = 23
@@ -76,13 +80,13 @@ class CpuRunner:
         self._dtype = dtype
         self.num_blocks = num_blocks
         self.vocab_size = min(vocab_size, self.shape.vocab_rows)
-        self._reserve = reserve
         self._kept: list[torch.Tensor] = []
         """Whatever the kernels have pointers to."""
         self._layers = (Layer * self.shape.layers)()
         for index in range(self.shape.layers):
             self._read_layer(model, index)
         self._model = self._read_model(model, max_rows, max_sequences, threads)
+        self._make_caches(reserve=reserve)
         self._runner = self._library.nightherd_create(ctypes.byref(self._model))
         if not self._runner:
             raise MemoryError("the kernels have no memory for a step")
@@ -170,7 +174,7 @@ class CpuRunner:
 
     def _read_layer(self, model: Any, index: int) -> None:
         given = weights.layer_weights(model, index)
-        layer, shape = self._layers[index], self.shape
+        layer = self._layers[index]
         layer.qkv = self._keep(self._packed(torch.cat([given.q, given.k, given.v])))
         layer.o = self._keep(self._packed(given.o))
         layer.gate_up = self._keep(self._packed(_interleaved(given.gate, given.up)))
@@ -178,11 +182,13 @@ class CpuRunner:
         for name, vector in _vectors(given).items():
             if vector is not None:
                 setattr(layer, name, self._keep(_padded(vector.float(), PANEL)))
-        cache = _zeros(
-            (self.num_blocks, 2 * shape.kv_width * BLOCK), self._dtype, reserve=self._reserve
-        )
-        layer.cache = self._keep(cache)
         weights.drop_layer(model, index)
+
+    def _make_caches(self, *, reserve: bool) -> None:
+        """Last of all: before, the checkpoint's file still lies in memory beside its copy."""
+        size = (self.num_blocks, 2 * self.shape.kv_width * BLOCK)
+        for layer in self._layers:
+            layer.cache = self._keep(_zeros(size, self._dtype, reserve=reserve))
 
     def _read_model(self, model: Any, max_rows: int, max_sequences: int, threads: int) -> Model:
         shape = self.shape
@@ -270,6 +276,15 @@ def _bias(bias: torch.Tensor | None, matrix: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(matrix), dtype=matrix.dtype) if bias is None else bias
 
 
+@cache
+def _say_it_grows(reason: str) -> None:
+    log.warning(
+        "the KV cache takes its memory as it fills, not now (%s): its first tokens cost up to a "
+        "tenth more time; Linux 5.14 and newer can take it at the start",
+        reason,
+    )
+
+
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, *, reserve: bool) -> torch.Tensor:
     """Zeros that take memory where they are written, or all of it at once."""
     memory = mmap.mmap(-1, int(np.prod(shape)) * dtype.itemsize)
@@ -283,5 +298,5 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, *, reserve: bool) -> torc
         except OSError as error:
             if error.errno == errno.ENOMEM:
                 raise MemoryError("no memory for the KV cache") from None
-            # Linux before 5.14: it takes its memory as it fills.
+            _say_it_grows(error.strerror or str(error))
     return torch.frombuffer(memory, dtype=dtype).view(shape)

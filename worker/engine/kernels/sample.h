@@ -210,9 +210,7 @@ static float threshold(const float* logits, int size, float most, const Sampling
     return least;
 }
 
-typedef uint64_t eight_words __attribute__((vector_size(64)));
-
-static inline eight_words noise_bits(uint64_t key, int first, eight_words) {
+static inline eight_words eight_noise_bits(uint64_t key, int first) {
     const eight_words ids = {1, 2, 3, 4, 5, 6, 7, 8};
     eight_words value = (ids + (uint64_t)first) * GOLDEN + key;
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -220,38 +218,74 @@ static inline eight_words noise_bits(uint64_t key, int first, eight_words) {
     return (value ^ (value >> 31)) >> 24;
 }
 
-// argmax(logit + noise) over the ids from `least` on. Noise that cannot win is not computed: the
-// noise of an id is at least g exactly where its bits are below a bound.
+// argmax(logit + noise) over the ids from `least` on; of equals the first.
+//
+// Noise that cannot win is not computed. An id exceeds `reach` where its uniform number is below
+// 1 - exp(-exp(logit - reach)), which is at most exp(logit - reach). Noise is never below -2.82, so
+// that the greatest logit alone gets that far.
 static int draw(const float* logits, int size, float most, float least, const Sampling& row) {
     const uint64_t key = noise_key(row.seed, row.position);
     int token = -1;
-    float best = -INFINITY;
-    uint64_t bound = ~0ull;
+    float best = -INFINITY, reach = most - 2.9f;
     const auto look_at = [&](int id) {
         if (!(logits[id] >= least) || logits[id] == -INFINITY) return;
-        const uint64_t bits = noise_bits(key, id);
-        if (bits > bound) return;
-        const float value = logits[id] + gumbel(bits);
+        const float value = logits[id] + gumbel(noise_bits(key, id));
         if (value > best) {
             best = value;
             token = id;
-            const double share = 1 - exp(-exp((double)most - best + 1e-3));
-            bound = share < 1 ? (uint64_t)(share * 0x1p40) + 1 : ~0ull;
+            reach = std::max(reach, best);
         }
     };
     int first = 0;
     for (; first + LANES <= size; first += LANES) {
-        if (!any(load(logits + first) >= splat(least))) continue;
-        for (int half = 0; half < LANES; half += 8) {
-            const auto bits = noise_bits(key, first + half, eight_words{});
-            bool near = false;
-            for (int i = 0; i < 8; ++i) near |= bits[i] <= bound;
-            if (near)
-                for (int i = 0; i < 8; ++i) look_at(first + half + i);
-        }
+        const vec v = load(logits + first);
+        if (!any(v >= splat(least))) continue;
+        const int_vec bits = narrowed(eight_noise_bits(key, first) >> 9,
+                                      eight_noise_bits(key, first + 8) >> 9);
+        const vec uniform = __builtin_convertvector(bits, vec) * 0x1p-31f;  // or a little less
+        const int_vec near = uniform < exponential(v - reach) * 1.001f;
+        if (!any(near)) continue;
+        for (int i = 0; i < LANES; ++i)
+            if (near[i]) look_at(first + i);
     }
     for (; first < size; ++first) look_at(first);
     return token;
+}
+
+// Whether top-p leaves the token: the likelier ones must not make up its share already.
+static bool in_nucleus(const float* logits, int size, float most, float top_p, int token) {
+    const float own = logits[token];
+    double all = 0, likelier = 0;
+    for (int first = 0; first < size;) {
+        const int end = std::min(size, first + 64 * LANES);  // few enough for a float's sum
+        vec part = {}, above = {};
+        for (; first + LANES <= end; first += LANES) {
+            const vec v = load(logits + first), mass = exponential(v - most);
+            part += mass;
+            above += v > splat(own) ? mass : vec{};
+        }
+        all += sum(part);
+        likelier += sum(above);
+        if (first + LANES > size) {
+            for (; first < size; ++first) {
+                const float mass = exponential(logits[first] - most);
+                all += mass;
+                if (logits[first] > own) likelier += mass;
+            }
+        }
+    }
+    return likelier < top_p * all;
+}
+
+static int sampled(const float* logits, int size, float most, const Sampling& row, Scratch& scratch) {
+    if (row.top_p < 1 && row.top_k <= 0) {
+        // The winner among all is the winner among those that top-p leaves, if it is one of them:
+        // mostly it is, and to ask that of one token is cheaper than to find where the others end.
+        const float least = row.min_p > 0 ? most + logf(row.min_p) : -INFINITY;
+        const int token = draw(logits, size, most, least, row);
+        if (in_nucleus(logits, size, most, row.top_p, token)) return token;
+    }
+    return draw(logits, size, most, threshold(logits, size, most, row, scratch), row);
 }
 
 // `logits`, of `size` ids, is overwritten.
@@ -273,7 +307,7 @@ static void choose(float* logits, int size, const Sampling& row, Scratch& scratc
             for (; i < size; ++i) logits[i] /= row.temperature;
             most /= row.temperature;
         }
-        out.token = draw(logits, size, most, threshold(logits, size, most, row, scratch), row);
+        out.token = sampled(logits, size, most, row, scratch);
     }
     if (row.logprobs >= 0) report_logprobs(scratch.raw.data(), size, row.logprobs, out);
 }

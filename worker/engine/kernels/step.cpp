@@ -347,6 +347,17 @@ int nightherd_step(void* runner, const nightherd::Step* step) {
     }
 }
 
+// Chooses from one row of logits, as a step does with what it computed; 1 if memory ran out.
+int nightherd_choose(float* logits, int size, const nightherd::Sampling* row, nightherd::Chosen* out) {
+    try {
+        nightherd::Scratch scratch;
+        nightherd::choose(logits, size, *row, scratch, *out);
+        return 0;
+    } catch (...) {
+        return 1;
+    }
+}
+
 void nightherd_destroy(void* runner) { delete (nightherd::Runner*)runner; }
 
 // So that the Python side can check that both see the same structures.

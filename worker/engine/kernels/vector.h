@@ -22,6 +22,7 @@ typedef float loose_vec __attribute__((vector_size(64), aligned(4)));
 typedef int32_t int_vec __attribute__((vector_size(64)));
 typedef uint32_t word_vec __attribute__((vector_size(64)));
 typedef uint32_t loose_word_vec __attribute__((vector_size(64), aligned(2)));
+typedef uint64_t eight_words __attribute__((vector_size(64)));
 typedef uint16_t half_vec __attribute__((vector_size(32)));
 typedef uint16_t loose_half_vec __attribute__((vector_size(32), aligned(2)));
 
@@ -47,6 +48,21 @@ static inline bool any(int_vec lanes) {
     int32_t found = 0;
     for (int i = 0; i < LANES; ++i) found |= lanes[i];
     return found;
+#endif
+}
+
+// The lower halves of sixteen words.
+static inline int_vec narrowed(eight_words first, eight_words second) {
+#if defined(__AVX512F__)
+    const __m512i low = _mm512_castsi256_si512(_mm512_cvtepi64_epi32((__m512i)first));
+    return (int_vec)_mm512_inserti64x4(low, _mm512_cvtepi64_epi32((__m512i)second), 1);
+#else
+    int_vec out;
+    for (int i = 0; i < 8; ++i) {
+        out[i] = (int32_t)first[i];
+        out[i + 8] = (int32_t)second[i];
+    }
+    return out;
 #endif
 }
 
