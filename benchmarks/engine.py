@@ -22,16 +22,17 @@ from typing import Any
 
 import machine
 from shapes import CONTEXT, SHAPES, Shape, checkpoint
-from workloads import WORKLOADS, Request, shared_tokens, warm_up, workload
+from workloads import WORKLOADS, Request, as_text, shared_tokens, warm_up, workload
 
 ROOT = Path(__file__).resolve().parents[1]
 DRIVERS = Path(__file__).resolve().parent / "peers"
 PEERS = ROOT / "build" / "peers"
-OURS = "nightherd"
-ENGINES = (OURS, "vllm", "openvino", "transformers", "transformers-cb")
+OURS, WORKER = "nightherd", "nightherd-worker"
+PEER_NAMES = ("vllm", "openvino", "transformers", "transformers-cb")
+ENGINES = (OURS, WORKER, *PEER_NAMES)
 _OWN_ENVIRONMENT = ("vllm", "openvino")
 _CPU_ONLY = ("openvino",)
-_NO_SCHEMA = ("transformers", "transformers-cb")
+_NO_SCHEMA = (WORKER, "transformers", "transformers-cb")
 _DTYPES = {"bf16": "bfloat16", "float32": "float32"}
 _GIB = 1 << 30
 
@@ -55,7 +56,7 @@ def arguments() -> argparse.Namespace:
     add("--workload", choices=WORKLOADS, default="W1")
     add("--requests", type=int, default=128, metavar="N")
     add("--dtype", choices=_DTYPES, default="bf16")
-    add("--engines", default=",".join(ENGINES), metavar="NAME,…")
+    add("--engines", default=",".join((OURS, *PEER_NAMES)), metavar="NAME,…")
     add("--rounds", type=int, default=3)
     add("--device", default="cpu", help="cpu or cuda")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -86,6 +87,8 @@ def main() -> None:
     folder = checkpoint(given.shape, dtype, given.cache)
     data = given.data or _default_data(given.cache)
     requests = workload(given.workload, given.requests, folder, data)
+    if WORKER in engines:
+        requests = as_text(requests, folder)
     runner = Runner(given, shape, folder, requests)
     runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
     rates: list[float] = []
@@ -157,7 +160,7 @@ class Runner:
             "top_k": given.top_k,
             "schema": SCHEMA if given.json_schema else None,
             "requests": requests,
-            "warm_up": warm_up(),
+            "warm_up": as_text(warm_up(), folder),
             "cache": str(given.cache),
         }
         self._options = _options(given)
@@ -263,7 +266,7 @@ def report(
     speeds = {
         name: statistics.median(run["tokens_per_second"] for run in of) for name, of in runs.items()
     }
-    peers = {name: speed for name, speed in speeds.items() if name != OURS}
+    peers = {name: speed for name, speed in speeds.items() if name in PEER_NAMES}
     best = max(peers, key=peers.__getitem__, default=None)
     ours = speeds.get(OURS)
     what = f"{given.shape} {given.workload} {given.dtype} {given.device}"
@@ -291,6 +294,7 @@ def report(
         "best_peer": best,
         "ratio_to_best_peer": None if best is None or ours is None else ours / peers[best],
         "ratio_by_round": _ratios(runs, best),
+        "worker_to_engine": _ratios(runs, OURS, of=WORKER),
         "ceiling": ceiling,
         "share_of_ceiling": None if ours is None else ours / ceiling,
         "matrix_flops": rates,
@@ -301,11 +305,13 @@ def report(
     print(json.dumps(summary))
 
 
-def _ratios(runs: dict[str, list[dict[str, Any]]], best: str | None) -> list[float]:
-    """nightherd over the best peer, round by round."""
-    if best is None or OURS not in runs:
+def _ratios(
+    runs: dict[str, list[dict[str, Any]]], to: str | None, *, of: str = OURS
+) -> list[float]:
+    """One engine over another, round by round; nothing where one was not measured."""
+    if to not in runs or of not in runs:
         return []
-    pairs = zip(runs[OURS], runs[best], strict=False)
+    pairs = zip(runs[of], runs[to], strict=False)
     return [ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in pairs]
 
 

@@ -48,6 +48,18 @@ def warm_up(count: int = 8, prompt: int = 100, out: int = 8) -> list[Request]:
     ]
 
 
+def as_text(requests: Sequence[Request], tokenizer: Path) -> list[Request]:
+    """The same as texts, for who reads no token ids: `text`, and in `prompt` what it becomes."""
+    from tokenizers import Tokenizer
+
+    made = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    texts = [made.decode(request["prompt"]) for request in requests]
+    return [
+        {**request, "text": text, "prompt": made.encode(text).ids}
+        for request, text in zip(requests, texts, strict=True)
+    ]
+
+
 def shared_tokens(name: str, requests: Sequence[Request]) -> int:
     """Prompt tokens that need not be computed, as another request has computed them."""
     return (len(requests) - 1) * _PREFIX if name == "W2" else 0

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nightherd.params import SamplingParams
+from worker.engine.engine import BatchEngine
 from worker.engine.interface import Engine, EngineRequest, Generation, Output
 
 VOCAB = 500
@@ -47,6 +48,18 @@ def tokens(engine: Engine, *requests: EngineRequest) -> list[tuple[int, ...]]:
     outputs = [wait(generation) for generation in [engine.add(request) for request in requests]]
     assert {output.finish_reason for output in outputs} <= {"stop", "length"}, outputs
     return [output.token_ids for output in outputs]
+
+
+def check(engine: BatchEngine) -> None:
+    """Nothing leaked: once idle, every block is free."""
+    deadline = threading.Event()
+    for _ in range(400):
+        if engine.scheduler.idle and not engine._samples:
+            break
+        deadline.wait(0.01)
+    engine.scheduler.check()
+    assert engine.scheduler.blocks.available == engine.scheduler.blocks.num_blocks
+    assert engine._samples == {}
 
 
 class Faulty:

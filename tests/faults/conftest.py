@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -333,11 +334,8 @@ def fleet(
     tmp_path: Path,
 ) -> Iterator[Fleet]:
     """On SQLite and on PostgreSQL in turn."""
-    made = Fleet(database, tmp_path, redis_server)
-    try:
+    with contextlib.closing(Fleet(database, tmp_path, redis_server)) as made:
         yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture
@@ -347,11 +345,8 @@ def sqlite_fleet(
     tmp_path: Path,
 ) -> Iterator[Fleet]:
     """For faults that do not concern the database."""
-    made = Fleet(sqlite_database, tmp_path, redis_server)
-    try:
+    with contextlib.closing(Fleet(sqlite_database, tmp_path, redis_server)) as made:
         yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture
@@ -361,8 +356,5 @@ def postgresql_fleet(
     tmp_path: Path,
 ) -> Iterator[Fleet]:
     """For faults that SQLite does not know."""
-    made = Fleet(postgresql_database, tmp_path, redis_server)
-    try:
+    with contextlib.closing(Fleet(postgresql_database, tmp_path, redis_server)) as made:
         yield made
-    finally:
-        made.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sqlite3
 import threading
 import time
@@ -14,17 +13,17 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import Connection, event, func, insert, make_url, select, text
+from sqlalchemy import Connection, event, func, insert, select, text
 from sqlalchemy.exc import DatabaseError as SQLDatabaseError
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from models.base import db_now, new_id
-from models.database import Database, explain, is_transient
+from models.database import Database, is_transient
 from models.job import Job
 from models.store import jobs, submit
 from models.worker import Sweep
-from nightherd.errors import DatabaseError, SettingsError
+from nightherd.errors import DatabaseError
 from tests.seeding import job, make_job, statements
 
 
@@ -420,70 +419,6 @@ def test_a_copy_that_is_cut_off_is_repeated(postgresql_database: Database) -> No
     twice = [*rows[:2], rows[0]]
     with pytest.raises(IntegrityError), database.write() as connection:
         submit._copy_requests(connection, job_id, twice)
-
-
-# What the user is told.
-
-
-def refusal(url: str) -> str:
-    database = Database(url)
-    with pytest.raises(DatabaseError) as failure:
-        database.retrying(lambda c: c.execute(select(1)), patience=0)
-    database.close()
-    message = str(failure.value)
-    assert "\n" not in message
-    assert "s3cret" not in message
-    return message
-
-
-def test_a_server_that_is_not_there() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    message = refusal(f"postgresql+psycopg://bob:s3cret@127.0.0.1:{port}/db")
-    assert f"bob:***@127.0.0.1:{port}/db" in message
-    assert "Connection refused" in message
-    assert "NIGHTHERD_DATABASE_URL" in message
-
-
-def test_a_database_that_is_not_there(postgresql: str) -> None:
-    url = make_url(postgresql).set(database="nosuch").render_as_string(hide_password=False)
-    assert 'database "nosuch" does not exist' in refusal(url)
-
-
-def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
-    assert "unable to open database file" in refusal(f"sqlite:///{tmp_path}/no/such/folder.db")
-
-
-def test_a_file_that_is_no_database(tmp_path: Path) -> None:
-    path = tmp_path / "noise.db"
-    path.write_bytes(b"this is no database at all, but it is long enough to look at" * 100)
-    assert "file is not a database" in refusal(f"sqlite:///{path}")
-
-
-def test_neither_statement_nor_values_are_told() -> None:
-    error = explain(
-        wrapped(with_state("57P01", "terminated\nLINE 1: SELECT s3cret")), make_url("sqlite:///x")
-    )
-    assert "secret" not in str(error)
-    assert "terminated" in str(error)
-
-
-@pytest.mark.parametrize(
-    ("url", "words"),
-    [
-        ("nonsense", "is no URL"),
-        ("postgresql://bob:s3cret@host:port/db", "is no URL"),
-        ("mysql://bob:s3cret@host/db", "'mysql' is not supported"),
-        ("postgresql+nosuchdriver://bob:s3cret@host/db", "nosuchdriver"),
-        ("sqlite://", "in memory"),
-        ("sqlite:///:memory:", "in memory"),
-    ],
-)
-def test_urls_that_cannot_be_used(url: str, words: str) -> None:
-    with pytest.raises(SettingsError, match=words) as refused:
-        Database(url)
-    assert "s3cret" not in str(refused.value)
 
 
 def test_a_damaged_database_is_the_databases_fault(sqlite_database: Database) -> None:

@@ -8,122 +8,35 @@ import os
 import signal
 import socket
 import stat
-import subprocess
-import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import kombu
 import pytest
-import redis
 
 from nightherd import broker as broker_module
 from nightherd.broker import EmbeddedBroker, broker_url, ping, running_broker
 from nightherd.errors import BrokerError
 from nightherd.settings import Settings
-
-ROOT = Path(__file__).parents[2]
-USER = """
-import sys
-from pathlib import Path
-from nightherd.broker import EmbeddedBroker
-sys.stdin.readline()
-with EmbeddedBroker(Path(sys.argv[1])).use():
-    print("in", flush=True)
-    sys.stdin.readline()
-print("out", flush=True)
-"""
-"""Goes in at the first line that it is sent, out at the second."""
-
-
-def poll(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never came true"
-        time.sleep(0.01)
-
-
-def server_pids(folder: Path) -> list[int]:
-    """The processes that run in this folder; read from /proc, for which a zombie has none."""
-    pids = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if os.readlink(entry / "cwd") == str(folder):
-                    pids.append(int(entry.name))
-    return pids
-
-
-def none_left(folder: Path) -> bool:
-    """Polls: a process closes its connections an instant before it has left its folder."""
-    with contextlib.suppress(AssertionError):
-        poll(lambda: server_pids(folder) == [], 2.0)
-    return server_pids(folder) == []
-
-
-def client(broker: EmbeddedBroker) -> redis.Redis:
-    return redis.Redis(unix_socket_path=str(broker.socket_path), decode_responses=True)
-
-
-def put(broker: EmbeddedBroker, key: str, value: str) -> None:
-    with client(broker) as connection:
-        connection.set(key, value)
-
-
-def get(broker: EmbeddedBroker, key: str) -> str | None:
-    with client(broker) as connection:
-        value: str | None = connection.get(key)
-        return value
-
-
-def info(broker: EmbeddedBroker) -> dict[str, str | int]:
-    with client(broker) as connection:
-        found: dict[str, str | int] = connection.info("server")
-        return found
-
-
-def run_id(broker: EmbeddedBroker) -> str | int:
-    return info(broker)["run_id"]
-
-
-def kill_server(broker: EmbeddedBroker) -> None:
-    os.kill(int(info(broker)["process_id"]), signal.SIGKILL)
-    poll(lambda: not broker.is_alive())
-
-
-@contextlib.contextmanager
-def python(script: str, home: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that runs the script on this home; killed at the end, if it lives so long."""
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(home)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def tell(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-
-
-def hear(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
-
-
-def one_line(message: object) -> str:
-    assert "\n" not in str(message)
-    return str(message)
+from tests.nightherd.brokers import (
+    USER,
+    client,
+    get,
+    hear,
+    info,
+    kill_server,
+    none_left,
+    one_line,
+    poll,
+    put,
+    python,
+    run_id,
+    server_pids,
+    tell,
+)
+from tests.nightherd.test_ping import ping_error
 
 
 @pytest.fixture
@@ -549,40 +462,6 @@ def test_configured_broker_is_only_named(home: Path) -> None:
     assert not home.exists()
 
 
-def ping_error(url: str, timeout: float = 1.0) -> str:
-    started = time.monotonic()
-    with pytest.raises(BrokerError) as caught:
-        ping(url, timeout)
-    assert time.monotonic() - started < timeout + 1
-    message = one_line(caught.value)
-    assert "hunter2" not in message
-    assert "NIGHTHERD_BROKER_URL" in message
-    assert caught.value.__cause__ is None
-    return message
-
-
-def test_ping_refused() -> None:
-    with socket.socket() as bound:  # bound and not listening: nobody else gets the port
-        bound.bind(("127.0.0.1", 0))
-        port = bound.getsockname()[1]
-        message = ping_error(f"redis://:hunter2@127.0.0.1:{port}/0")
-    assert f"redis://:***@127.0.0.1:{port}/0" in message
-    assert "refused" in message
-
-
-def test_ping_no_such_socket(tmp_path: Path) -> None:
-    message = ping_error(f"redis+socket://:hunter2@{tmp_path}/none.sock?virtual_host=0")
-    assert "No such file" in message
-
-
-def test_ping_timeout() -> None:
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        port = silent.getsockname()[1]
-        assert "no answer for 0.2 s" in ping_error(f"redis://:hunter2@127.0.0.1:{port}/0", 0.2)
-
-
 def test_ping_password(broker: EmbeddedBroker) -> None:
     with broker.use(), client(broker) as connection:
         connection.config_set("requirepass", "right")
@@ -593,30 +472,3 @@ def test_ping_password(broker: EmbeddedBroker) -> None:
             ping(broker.url.replace("://", "://:right@"), 1.0)
         finally:
             connection.config_set("requirepass", "")
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "redis://:12/hunter2@127.0.0.1/0",
-        "redis://:hunter2/12@127.0.0.1/0",
-        "redis://:12#hunter2@127.0.0.1/0",
-        "redis://:12?hunter2@127.0.0.1/0",
-        "redis://127.0.0.1:1/0?password=hunter2",
-        "redis://127.0.0.1:1/0?hunter2=1",
-        "redis://:hunter2@127.0.0.1:port/0",
-        "redis://:hunter2@[::1/0",
-        "redis+socket:///x?virtual_host=hunter2",
-        "amqp://:hunter2@127.0.0.1/0",
-        "hunter2",
-    ],
-)
-def test_ping_unreadable_url(url: str) -> None:
-    assert "cannot be read" in ping_error(url)
-
-
-def test_ping_takes_kombus_names_of_certificate_checks() -> None:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        port = bound.getsockname()[1]
-        assert "refused" in ping_error(f"rediss://127.0.0.1:{port}/0?ssl_cert_reqs=CERT_REQUIRED")

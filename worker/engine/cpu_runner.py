@@ -287,7 +287,9 @@ def _say_it_grows(reason: str) -> None:
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, *, reserve: bool) -> torch.Tensor:
     """Zeros that take memory where they are written, or all of it at once."""
-    memory = mmap.mmap(-1, int(np.prod(shape)) * dtype.itemsize)
+    # Private: memory that is shared gets no huge pages by default.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, int(np.prod(shape)) * dtype.itemsize, flags=flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # Attention reads all over the cache: fewer page tables to walk.
         with contextlib.suppress(OSError):

@@ -289,7 +289,7 @@ class TypedRunner : public Runner {
     // Rows [first, last) with the KV heads [from, to); `more`: row `last` is this thread's next one.
     void attention_of(const Layer& layer, const int32_t* picked, int first, int last, bool more, int from,
                       int to) {
-        static thread_local std::vector<float> sums;
+        static thread_local Lines<float> sums;
         static thread_local std::vector<Query<E>> queries_of;
         const int size = m.head_dim, group = m.heads / m.kv_heads, count = (last - first) * group;
         if (from >= to) return;
@@ -317,9 +317,8 @@ class TypedRunner : public Runner {
     Pool pool;
     std::vector<Layer> layers;
     const int query_width, kv_width, wide, qkv_wide, q_wide, inner, vocab_wide;
-    std::vector<float> residual, ending, fused;
-    std::vector<T> normed, queries, mixed, acted;
-    std::vector<float> logits;
+    Lines<float> residual, ending, fused, logits;
+    Lines<T> normed, queries, mixed, acted;
     std::vector<Scratch> scratch;
     const Step* s = nullptr;
 };

@@ -8,6 +8,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -25,6 +27,22 @@ typedef uint32_t loose_word_vec __attribute__((vector_size(64), aligned(2)));
 typedef uint64_t eight_words __attribute__((vector_size(64)));
 typedef uint16_t half_vec __attribute__((vector_size(32)));
 typedef uint16_t loose_half_vec __attribute__((vector_size(32), aligned(2)));
+
+// Memory that begins with a cache line: sixteen floats that lie in two lines take twice the time.
+template <class T>
+struct LineAllocator {
+    typedef T value_type;
+    LineAllocator() = default;
+    template <class U>
+    LineAllocator(const LineAllocator<U>&) {}
+    T* allocate(size_t count) { return (T*)::operator new(count * sizeof(T), std::align_val_t{64}); }
+    void deallocate(T* from, size_t) { ::operator delete(from, std::align_val_t{64}); }
+    template <class U>
+    bool operator==(const LineAllocator<U>&) const { return true; }
+};
+
+template <class T>
+using Lines = std::vector<T, LineAllocator<T>>;
 
 static inline vec load(const float* from) { return (vec) * (const loose_vec*)from; }
 static inline void store(float* to, vec value) { *(loose_vec*)to = (loose_vec)value; }
