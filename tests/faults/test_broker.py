@@ -18,6 +18,14 @@ from tests.faults.oracle import Submitted
 MANY = [f"prompt {number}" for number in range(160)]
 
 
+@pytest.fixture(params=["sqlite_fleet", pytest.param("postgresql_fleet", marks=pytest.mark.faults)])
+def fleet(request: pytest.FixtureRequest) -> Fleet:
+    """The broker's faults do not concern the database: the other kind only at length."""
+    made = request.getfixturevalue(request.param)
+    assert isinstance(made, Fleet)
+    return made
+
+
 def _in_the_middle(fleet: Fleet, job: Submitted) -> None:
     """Waits until some of a job is saved, with most of it still to do."""
     wait_until(lambda: fleet.done(job) > 0, seconds=30, what="a first saved sample")
@@ -33,8 +41,7 @@ def _nothing_twice(fleet: Fleet) -> None:
     wait_until(lambda: fleet.redis.wake_ups() == 0, seconds=30, what="empty queues")
 
 
-def test_redis_connections_killed_20_times(sqlite_fleet: Fleet) -> None:
-    fleet = sqlite_fleet
+def test_redis_connections_killed_20_times(fleet: Fleet) -> None:
     fleet.start_many(2, step_seconds=0.01, max_sequences=8)
     job = fleet.submit(MANY, max_tokens=60)
     _in_the_middle(fleet, job)
@@ -47,8 +54,7 @@ def test_redis_connections_killed_20_times(sqlite_fleet: Fleet) -> None:
     _nothing_twice(fleet)
 
 
-def test_redis_kill9_without_persistence(sqlite_fleet: Fleet) -> None:
-    fleet = sqlite_fleet
+def test_redis_kill9_without_persistence(fleet: Fleet) -> None:
     fleet.start_many(2, step_seconds=0.01)
     job = fleet.submit(MANY, max_tokens=20)
     _in_the_middle(fleet, job)
@@ -60,8 +66,7 @@ def test_redis_kill9_without_persistence(sqlite_fleet: Fleet) -> None:
     _nothing_twice(fleet)
 
 
-def test_flushall(sqlite_fleet: Fleet) -> None:
-    fleet = sqlite_fleet
+def test_flushall(fleet: Fleet) -> None:
     fleet.start_many(2, step_seconds=0.01)
     job = fleet.submit(MANY, max_tokens=20)
     _in_the_middle(fleet, job)
@@ -69,9 +74,8 @@ def test_flushall(sqlite_fleet: Fleet) -> None:
     _nothing_twice(fleet)
 
 
-def test_redis_down_for_longer_than_100_retries(sqlite_fleet: Fleet) -> None:
+def test_redis_down_for_longer_than_100_retries(fleet: Fleet) -> None:
     """At Celery's default a worker ends after a hundred attempts."""
-    fleet = sqlite_fleet
     worker = fleet.start(step_seconds=0.01, retry_seconds=0.01)
     job = fleet.submit(MANY[:64], max_tokens=20)
     _in_the_middle(fleet, job)
@@ -102,17 +106,16 @@ def _stop_redis(fleet: Fleet, seconds: float) -> None:
     _nothing_twice(fleet)
 
 
-def test_redis_half_open(sqlite_fleet: Fleet) -> None:
-    _stop_redis(sqlite_fleet, 2.0)
+def test_redis_half_open(fleet: Fleet) -> None:
+    _stop_redis(fleet, 2.0)
 
 
 @pytest.mark.faults
-def test_redis_half_open_for_longer_than_its_time_outs(sqlite_fleet: Fleet) -> None:
-    _stop_redis(sqlite_fleet, 70.0)
+def test_redis_half_open_for_longer_than_its_time_outs(fleet: Fleet) -> None:
+    _stop_redis(fleet, 70.0)
 
 
-def test_redis_full(sqlite_fleet: Fleet) -> None:
-    fleet = sqlite_fleet
+def test_redis_full(fleet: Fleet) -> None:
     fleet.redis.do("CONFIG", "SET", "maxmemory", "1")
     nightherd = CommandLine(fleet.variables, fleet.folder)
     outcome = nightherd(
@@ -131,9 +134,8 @@ def test_redis_full(sqlite_fleet: Fleet) -> None:
     _nothing_twice(fleet)
 
 
-def test_visibility_timeout_shorter_than_a_chunk(sqlite_fleet: Fleet) -> None:
+def test_visibility_timeout_shorter_than_a_chunk(fleet: Fleet) -> None:
     """Each wake-up is delivered again and again while its chunk is in hand."""
-    fleet = sqlite_fleet
     fleet.start_many(
         2,
         step_seconds=0.02,
@@ -146,9 +148,8 @@ def test_visibility_timeout_shorter_than_a_chunk(sqlite_fleet: Fleet) -> None:
     assert wakes.count("nothing") >= 4
 
 
-def test_wakeup_storm(sqlite_fleet: Fleet) -> None:
+def test_wakeup_storm(fleet: Fleet) -> None:
     """Each wake-up comes ten times."""
-    fleet = sqlite_fleet
     fleet.start_many(2, step_seconds=0.002, rings=10)
     for _ in range(5):
         fleet.wait_for_end(fleet.submit(MANY[:80], max_tokens=10))
@@ -157,8 +158,7 @@ def test_wakeup_storm(sqlite_fleet: Fleet) -> None:
     assert wakes.count("nothing") > 20, "more came than there were chunks"
 
 
-def test_wakeups_all_lost(sqlite_fleet: Fleet) -> None:
-    fleet = sqlite_fleet
+def test_wakeups_all_lost(fleet: Fleet) -> None:
     fleet.start(lost_rings=20, step_seconds=0.002)
     job = fleet.submit(PROMPTS, ring=False)
     wait_until(lambda: bool(fleet.lines("lost")), seconds=30, what="the first lost wake-up")

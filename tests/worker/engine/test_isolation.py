@@ -338,9 +338,9 @@ def test_probe_parameters_of_one_request_are_its_own(batch_engines: Make) -> Non
     """There a temperature of 0 divides by it, and penalties and stops are dropped."""
     mixed = [
         ask(temperature=0.5, top_k=5),
-        ask(temperature=0.0),
+        ask(temperature=0.0, max_new_tokens=60),
         ask(temperature=0.9, top_k=50, top_p=0.95, logprobs=2),
-        ask(repetition_penalty=1.3),
+        ask(repetition_penalty=1.3, max_new_tokens=60),
         ask(temperature=0.8, seeds=(5, 6, 7)),
     ]
     together = batch_engines()
