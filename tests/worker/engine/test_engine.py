@@ -6,7 +6,7 @@ import gc
 import logging
 import random
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -68,9 +68,17 @@ LAYOUTS: list[dict[str, Any]] = [
 ]
 
 
-def agree(model: Any, make: Make, name: str) -> None:
+@pytest.fixture(scope="module")
+def doubtful() -> Iterator[list[int]]:
+    """How many of each model's 20 requests part from transformers: of all, one in a hundred may."""
+    counts: list[int] = []
+    yield counts
+    assert sum(counts) <= max(1, 20 * len(counts) // 100)
+
+
+def agree(model: Any, make: Make, name: str) -> int:
     """20 greedy requests: a first difference from transformers only where the reference's two best
-    logits are all but equal."""
+    logits are all but equal; returns how many have one."""
     rng = random.Random(name)
     prompts = [
         tuple(rng.randrange(2, VOCAB) for _ in range(rng.choice((1, 2, 17, 31, 32, 33, 64, 100))))
@@ -80,7 +88,7 @@ def agree(model: Any, make: Make, name: str) -> None:
         make(model=model, vocab_size=512, budget=48),
         *[ask(prompt, max_new_tokens=24) for prompt in prompts],
     )
-    doubtful = 0
+    parted = 0
     for prompt, row in zip(prompts, got, strict=True):
         with torch.inference_mode():
             logits = model(torch.tensor([[*prompt, *row]])).logits[0, len(prompt) - 1 : -1]
@@ -88,23 +96,23 @@ def agree(model: Any, make: Make, name: str) -> None:
         for place, token in enumerate(row):
             if token != best[place]:
                 assert float(logits[place].max() - logits[place, token]) < 1e-4
-                doubtful += 1
+                parted += 1
                 break
-    assert doubtful <= 1
     # Sharp enough that a wrong computation would show.
     assert sum(len(set(row)) >= 12 for row in got) >= 15
+    return parted
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_it_agrees_with_transformers_in_every_layout(
-    layout: dict[str, Any], batch_engines: Make
+    layout: dict[str, Any], batch_engines: Make, doubtful: list[int]
 ) -> None:
-    agree(tiny_llama(**layout), batch_engines, str(layout))
+    doubtful.append(agree(tiny_llama(**layout), batch_engines, str(layout)))
 
 
 @pytest.mark.parametrize("name", ["Mistral", "Qwen2", "Qwen3"])
 def test_it_agrees_with_transformers_on_kindred_architectures(
-    name: str, batch_engines: Make
+    name: str, batch_engines: Make, doubtful: list[int]
 ) -> None:
     """Qwen2 has biases on q, k and v, Qwen3 norms of queries and keys."""
     torch.manual_seed(2)
@@ -122,7 +130,7 @@ def test_it_agrees_with_transformers_on_kindred_architectures(
     for parameter in model.parameters():
         if parameter.dim() == 1:  # biases and norms that are not all alike
             torch.nn.init.normal_(parameter, 0.8, 0.2)
-    agree(model, batch_engines, name)
+    doubtful.append(agree(model, batch_engines, name))
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -5,6 +5,8 @@
 // sum of one output goes through the inputs in order, so it does not depend on the other rows.
 #pragma once
 
+#include <algorithm>
+
 #include "vector.h"
 
 namespace nightherd {
@@ -22,10 +24,19 @@ struct Matrix {
     int inputs;  // k, filled up to a multiple of PER
 };
 
+// What a tile fetches from memory while it computes: of each PER inputs' cache lines `lines`, at the
+// place that the thread comes to DEPTH inputs later, be it in this panel or in its next one.
+template <class E>
+struct Ahead {
+    const typename E::T *here, *there;  // from input `wrap` on it is there
+    int wrap, lines;
+};
+
 template <class E, int ROWS, class Emit>
 static inline void tile(const Matrix<E>& matrix, int panel, const typename E::T* x, int stride,
-                        int first, int begin, int end, float* partial, const typename E::T* ahead,
+                        int first, int begin, int end, float* partial, const Ahead<E>& ahead,
                         const Emit& emit) {
+    constexpr int LINE = 64 / sizeof(typename E::T);
     constexpr int COLUMNS = PANEL / LANES;
     vec sums[ROWS][COLUMNS];
     for (int r = 0; r < ROWS; ++r)
@@ -36,7 +47,8 @@ static inline void tile(const Matrix<E>& matrix, int panel, const typename E::T*
     for (int i = begin; i < end; i += E::PER, w += PANEL * E::PER) {
         typename E::Packed packed[COLUMNS];
         for (int c = 0; c < COLUMNS; ++c) packed[c] = E::read(w + c * LANES * E::PER);
-        if (ahead) __builtin_prefetch(ahead + (size_t)(i - begin) * PANEL, 0, 2);
+        const auto* to = (i < ahead.wrap ? ahead.here : ahead.there) + (ptrdiff_t)i * PANEL;
+        for (int line = 0; line < ahead.lines; ++line) __builtin_prefetch(to + line * LINE, 0, 2);
 #pragma GCC unroll 6
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
@@ -57,21 +69,25 @@ static inline void tile(const Matrix<E>& matrix, int panel, const typename E::T*
 }
 
 // One panel for rows [first, last), at most CHUNK of them; `emit(row, panel, vec[4])` takes the sums.
-// Meanwhile the panel `next`, which this thread most likely needs next, is fetched from memory: each
-// of the first tiles of rows fetches one of the cache lines that PER inputs take.
+// `next` is the panel that this thread most likely comes to next.
 template <class E, class Emit>
 static void panel_rows(const Matrix<E>& matrix, int panel, const typename E::T* x, int stride,
                        int first, int last, int next, const Emit& emit) {
     constexpr int LINE = 64 / sizeof(typename E::T), LINES = PANEL * E::PER / LINE;
     alignas(64) float partial[CHUNK * PANEL];
+    const int tiles = (last - first + TILE - 1) / TILE, lines = (LINES + tiles - 1) / tiles;
+    const auto* panel_at = matrix.packed + (size_t)panel * matrix.inputs * PANEL;
+    const auto* next_at = matrix.packed + (size_t)next * matrix.inputs * PANEL;
+    const bool more = next < matrix.panels;
     for (int begin = 0; begin < matrix.inputs; begin += DEPTH) {
         const int end = begin + DEPTH < matrix.inputs ? begin + DEPTH : matrix.inputs;
         for (int row = first; row < last; row += TILE) {
             float* mine = partial + (row - first) * PANEL;
-            const int part = (row - first) / TILE;
-            const typename E::T* ahead = nullptr;
-            if (part < LINES && next < matrix.panels)
-                ahead = matrix.packed + ((size_t)next * matrix.inputs + begin) * PANEL + part * LINE;
+            const int line = (row - first) / TILE * lines;
+            Ahead<E> ahead = {panel_at + (ptrdiff_t)DEPTH * PANEL + line * LINE,
+                              next_at + ((ptrdiff_t)DEPTH - matrix.inputs) * PANEL + line * LINE,
+                              matrix.inputs - DEPTH, line < LINES ? std::min(lines, LINES - line) : 0};
+            if (!more) ahead.there = panel_at;  // there already
             switch (last - row < TILE ? last - row : TILE) {
                 case 1: tile<E, 1>(matrix, panel, x, stride, row, begin, end, mine, ahead, emit); break;
                 case 2: tile<E, 2>(matrix, panel, x, stride, row, begin, end, mine, ahead, emit); break;
