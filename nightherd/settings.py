@@ -85,7 +85,7 @@ class Settings(BaseModel):
     store_batch: int = Field(
         default=20_000, ge=1, description="Rows that submit stores in one transaction."
     )
-    slots: int = Field(default=4, ge=1, le=64, description="Chunks that a worker has in flight.")
+    slots: int = Field(default=8, ge=1, le=64, description="Chunks that a worker has in flight.")
     engine: Literal["auto", "kernels", "torch", "generate"] = Field(
         default="auto",
         description="What generates: the C kernels on a CPU, plain torch, or transformers' "

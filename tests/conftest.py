@@ -171,6 +171,7 @@ def make_settings(tmp_path: Path) -> Callable[..., Settings]:
             "tick_seconds": 0.5,
             "watch_seconds": 0.2,
             "save_seconds": 0.2,
+            "slots": 4,
             **changes,
         }
         return Settings.model_validate(values)

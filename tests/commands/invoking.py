@@ -76,6 +76,7 @@ def environment(home: Path, **settings: object) -> dict[str, str]:
         "watch_seconds": 0.2,
         "save_seconds": 0.2,
         "database_patience": 3,
+        "slots": 4,
         **settings,
     }
     return {

@@ -8,6 +8,7 @@ neither the company, nor the chunks of a prefill, nor a second computation chang
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -34,8 +35,8 @@ class _KeyBlock:
     """A block of keys, for the tiles of a part that reach it: its first `tiles`."""
 
     tiles: int
-    slots: torch.Tensor
-    """Where the keys are, [tiles * KEY_BLOCK]."""
+    pages: torch.Tensor
+    """The blocks of the cache that have them, [tiles * pages of a block of keys]."""
     hidden: torch.Tensor
     """Which keys each row must not see, [tiles that hide any, tile rows, KEY_BLOCK]. Those are the
     last ones: they have the fewest keys."""
@@ -67,6 +68,8 @@ class PagedAttention:
     ) -> None:
         self._shape = shape
         self._block_size = block_size
+        self._page_size = math.gcd(block_size, KEY_BLOCK)
+        """Keys that always lie together, in the cache and in a block of keys."""
         self._device = device
         self._group = shape.heads // shape.kv_heads
         self._queries = max(1, TILE_ROWS // self._group)
@@ -147,9 +150,11 @@ class PagedAttention:
         sums = torch.zeros_like(rows)
         for block in part.blocks:
             live = slice(0, block.tiles)
+            # Whole pages: slot by slot it takes several times as long.
             key, value = (
                 cache[layer]
-                .index_select(1, block.slots)
+                .view(kv_heads, -1, self._page_size * head_dim)
+                .index_select(1, block.pages)
                 .float()
                 .view(kv_heads * block.tiles, KEY_BLOCK, head_dim)
                 for cache in (self._keys, self._values)
@@ -180,14 +185,16 @@ class PagedAttention:
         for first in range(0, int(last[0]) + 1, KEY_BLOCK):
             count = int((last >= first).sum())
             keys = np.arange(first, first + KEY_BLOCK)
-            pages = np.minimum(keys // self._block_size, tables.shape[1] - 1)
-            slots = tables[:count, pages] * self._block_size + keys % self._block_size
+            begins = keys[:: self._page_size]
+            blocks_of = np.minimum(begins // self._block_size, tables.shape[1] - 1)
+            pages = tables[:count, blocks_of] * (self._block_size // self._page_size)
+            pages = pages + begins % self._block_size // self._page_size
             hiding = rows[:count].min(1) < keys[-1]
             hidden = keys > rows[np.argmax(hiding) if hiding.any() else count : count, :, None]
             blocks.append(
                 _KeyBlock(
                     count,
-                    self._tensor(slots.reshape(-1)),
+                    self._tensor(pages.reshape(-1)),
                     self._tensor(hidden),
                 )
             )
