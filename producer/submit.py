@@ -178,7 +178,7 @@ def _check(
         if isinstance(row, RowProblem):
             bad += 1
             if len(problems) < SHOWN_PROBLEMS:
-                problems.append(f"line {row.line}: {row.message}")
+                problems.append(str(row))
         elif not bad:
             spool.add(row, params.n)
         report("checking", len(spool.samples) + bad, None)
@@ -210,13 +210,13 @@ def _checked(
                     if limits is not None:
                         limits.check_params(row.params)
                 except ParameterError as error:
-                    block[place] = RowProblem(row.line, str(error))
+                    block[place] = RowProblem(row.line, str(error), row.place)
         if limits is not None:
             good = [(i, row) for i, row in enumerate(block) if isinstance(row, Row)]
             found = limits.problems([(row.body, params[i]) for i, row in good])
             for (i, row), problem in zip(good, found, strict=True):
                 if problem is not None:
-                    block[i] = RowProblem(row.line, problem)
+                    block[i] = RowProblem(row.line, problem, row.place)
         yield from zip(block, params, strict=True)
 
 
