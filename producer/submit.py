@@ -59,6 +59,9 @@ class JobOptions:
     metadata: dict[str, Any] | None = None
     submitted_by: str | None = None
     firing_id: int | None = None
+    on_complete: str | None = None
+    """The URL of a webhook, checked by `producer.webhooks.check`."""
+    on_failure: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +247,10 @@ def _store(
                 if stored < total:
                     _let_others_write(database, time.monotonic() - began)
         ranges = list(_chunk_ranges(spool.samples, settings.chunk_size or chunk_size(total)))
-        database.retrying(lambda connection: store.finish_storing(connection, job_id, ranges))
+        urls = {"on_complete": options.on_complete, "on_failure": options.on_failure}
+        database.retrying(
+            lambda connection: store.finish_storing(connection, job_id, ranges, **urls)
+        )
     except BaseException:
         _discard(database, job_id)
         raise

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 from models.base import db_now
 from models.database import driver_errors
 from models.job import Chunk, Job, Request
+from models.store import webhooks
 from nightherd.errors import ConflictError
 
 
@@ -138,10 +139,20 @@ def _copy_requests(connection: Connection, job_id: str, rows: Sequence[NewReques
             )
 
 
-def finish_storing(connection: Connection, job_id: str, chunks: Sequence[ChunkRange]) -> None:
-    """The last transaction: the chunks, and the job becomes `queued`, visible and claimable."""
-    state = connection.execute(select(Job.state).where(Job.id == job_id)).scalar_one_or_none()
-    if state is not None and state != "storing":
+def finish_storing(
+    connection: Connection,
+    job_id: str,
+    chunks: Sequence[ChunkRange],
+    *,
+    on_complete: str | None = None,
+    on_failure: str | None = None,
+) -> None:
+    """The last transaction: the chunks, and the job becomes `queued`, visible and claimable.
+
+    `on_complete` and `on_failure` are the URLs of its webhooks.
+    """
+    job = connection.execute(select(Job.state, Job.firing_id).where(Job.id == job_id)).one_or_none()
+    if job is not None and job.state != "storing":
         return  # committed before, and only the answer was lost
     _touch_storing(connection, job_id)
     connection.execute(
@@ -167,6 +178,14 @@ def finish_storing(connection: Connection, job_id: str, chunks: Sequence[ChunkRa
             created_at=db_now(),
         )
     )
+    if job is not None:
+        webhooks.expect(
+            connection,
+            job_id=job_id,
+            firing_id=job.firing_id,
+            on_complete=on_complete,
+            on_failure=on_failure,
+        )
 
 
 def remove_orphans(connection: Connection, *, idle_seconds: float, limit: int = 20_000) -> int:

@@ -11,6 +11,9 @@ import click
 
 log = logging.getLogger("nightherd.beat")
 
+_GOODBYE_SECONDS = 1.0
+"""How long the attempt at a webhook that is under way is waited for."""
+
 
 @click.command()
 def beat() -> None:
@@ -30,6 +33,7 @@ def beat() -> None:
     from producer.database import open_database
     from producer.dispatch import Dispatcher
     from producer.housekeeping import Housekeeper
+    from producer.webhooks import Courier
 
     settings = load_settings()
     configure_logging(settings.log_level)
@@ -44,6 +48,9 @@ def beat() -> None:
             broker = stack.enter_context(EmbeddedBroker(settings.home).use())
         dispatcher = Dispatcher(database, settings, broker_url(settings))
         housekeeper = Housekeeper(database, dispatcher, settings)
+        courier = Courier(database, settings)
+        courier.start()
+        stack.callback(courier.stop, _GOODBYE_SECONDS)
         log.info("beat started, one tick every %g s", settings.tick_seconds)
         while not stop.is_set():
             try:

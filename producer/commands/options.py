@@ -47,6 +47,10 @@ _JOB_OPTIONS = (
     click.option("--deadline", type=TimeOrDelay(), help="End the job then, done or not."),
     click.option("--seed", type=Seed(),
                  help="For all random choices; drawn and shown if not given."),
+    click.option("--on-complete", metavar="URL",
+                 help="Tell URL (or the one in a variable, env:NAME) when the job is completed."),
+    click.option("--on-failure", metavar="URL",
+                 help="Tell URL of failed rows, or that the job was cancelled or expired."),
 )  # fmt: skip
 
 _INPUT_OPTIONS = (
@@ -153,8 +157,10 @@ def do_submit(path: str, options: Mapping[str, Any]) -> tuple[Settings, Database
     from producer.readers import Reader, ReadOptions
     from producer.submit import JobOptions, submit
     from producer.tasks import make_builder, parse_labels, parse_schema, parse_task_args
+    from producer.webhooks import check
 
     settings = load_settings()
+    check(settings, on_complete=options["on_complete"], on_failure=options["on_failure"])
     key = checkpoint_key(options["checkpoint"])
     _refuse_empty_folder(key)
     _refuse_past_deadline(options["deadline"])
@@ -197,6 +203,8 @@ def do_submit(path: str, options: Mapping[str, Any]) -> tuple[Settings, Database
                     not_before=options["not_before"],
                     deadline=options["deadline"],
                     submitted_by=_user(),
+                    on_complete=options["on_complete"],
+                    on_failure=options["on_failure"],
                 ),
                 source=name,
                 progress=progress,

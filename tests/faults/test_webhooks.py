@@ -1,0 +1,103 @@
+"""Fault: a courier is killed with -9 at each of its statements; two of them meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from sqlalchemy import delete, select, update
+
+from models.base import db_now
+from models.database import Database
+from models.job import Job
+from models.store import webhooks as store
+from models.webhook import Webhook
+from nightherd.settings import Settings
+from producer.webhooks import Courier
+from tests.faults.killing import at_once, kills, settle, url_of
+from tests.receiver import SECRET, Receiver, receiver
+from tests.seeding import make_job, make_worker, work_off
+
+SENT = "producer.webhook_sender:Sender.send"
+"""Sending is no statement, so before and after it are points of their own."""
+
+
+def _settings() -> Settings:
+    return Settings.model_validate({"webhook_secret": SECRET, "webhook_allow_private": True})
+
+
+def deliver_in_child(url: str) -> None:
+    Courier(Database(url), _settings()).round()
+
+
+def deliver_when_all_are_ready(go: Callable[[], None], url: str) -> None:
+    database = Database(url)
+    database.now()
+    go()
+    Courier(database, _settings()).round()
+
+
+@pytest.fixture
+def hook() -> Iterator[Receiver]:
+    with receiver() as started:
+        yield started
+
+
+def _ended_jobs(database: Database, worker: str, hook: Receiver, count: int = 1) -> None:
+    jobs = [make_job(database, 1) for _ in range(count)]
+    with database.write() as connection:
+        for job_id in jobs:
+            store.expect(connection, job_id=job_id, on_complete=hook.url, on_failure=None)
+    work_off(database, worker)
+
+
+def _state(database: Database) -> str:
+    with database.read() as connection:
+        return connection.execute(select(Webhook.state)).scalar_one()
+
+
+def _next_courier(database: Database) -> None:
+    """Another one, when the dead one's claim has lapsed."""
+    with database.write() as connection:
+        connection.execute(
+            update(Webhook).where(Webhook.state == "due").values(next_attempt_at=db_now(-1))
+        )
+    Courier(database, _settings()).round()
+
+
+def test_courier_kill9_at_every_statement_of_a_delivery(database: Database, hook: Receiver) -> None:
+    worker = make_worker(database)
+    times: dict[str, set[int]] = {}
+    points = 0
+    _ended_jobs(database, worker, hook)
+    for point in kills(deliver_in_child, url_of(database), also=[SENT]):
+        points += 1
+        settle(database)
+        before = _state(database)
+        _next_courier(database)
+        assert _state(database) == "delivered", point
+        assert len({(heard.id, heard.raw) for heard in hook.heard}) == 1, point
+        heard = len(hook.heard)
+        times.setdefault(before, set()).add(heard)
+        _next_courier(database)
+        assert len(hook.heard) == heard, point
+        with database.write() as connection:
+            connection.execute(delete(Job))
+        hook.heard.clear()
+        _ended_jobs(database, worker, hook)
+    # And the one that survived.
+    assert len(hook.heard) == 1
+    assert _state(database) == "delivered"
+    # Between the answer and its record it is sent again, after a recorded 2xx never.
+    assert times == {"waiting": {1}, "due": {1, 2}, "delivered": {1}}
+    assert points > 10
+
+
+def test_couriers_of_several_processes_at_once(database: Database, hook: Receiver) -> None:
+    worker = make_worker(database)
+    _ended_jobs(database, worker, hook, count=30)
+    at_once([(deliver_when_all_are_ready, [url_of(database)])] * 3)
+    assert len(hook.heard) == 30
+    assert len({heard.id for heard in hook.heard}) == 30
+    with database.read() as connection:
+        assert set(connection.execute(select(Webhook.state)).scalars()) == {"delivered"}

@@ -1,0 +1,625 @@
+"""The courier and a real receiver: signatures, refusals, retries, limits of time."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import ipaddress
+import json
+import logging
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+
+import pytest
+from sqlalchemy import Row, select, update
+
+from models.base import db_now
+from models.database import Database
+from models.store import webhooks as store
+from models.webhook import Webhook
+from nightherd.errors import SettingsError, UsageError
+from nightherd.settings import Settings, load_settings
+from producer import webhook_sender
+from producer.readers import Row as InputRow
+from producer.submit import JobOptions, submit
+from producer.webhook_sender import Sender, SendError, is_public, secret_key, sign
+from producer.webhooks import RETRY_SECONDS, Courier, check, job_webhooks, place
+from tests.conftest import wait_until
+from tests.receiver import SECRET, Receiver, receiver
+from tests.seeding import make_job, make_worker, statements, work_off
+
+MakeSettings = Callable[..., Settings]
+
+
+@pytest.fixture
+def hook() -> Iterator[Receiver]:
+    with receiver() as started:
+        yield started
+
+
+@pytest.fixture
+def settings(make_settings: MakeSettings) -> Settings:
+    return make_settings(
+        webhook_secret=SECRET,
+        webhook_allow_private=True,
+        webhook_timeout=5,
+        webhook_poll_seconds=0.1,
+    )
+
+
+def ended_job(database: Database, url: str, *, failure: str | None = None) -> str:
+    """A completed job with a webhook that waits to be told."""
+    job_id = make_job(database, 2, name="a name")
+    with database.write() as connection:
+        store.expect(connection, job_id=job_id, on_complete=url, on_failure=failure)
+    work_off(database, make_worker(database))
+    return job_id
+
+
+def one(database: Database) -> Row[Any]:
+    with database.read() as connection:
+        return connection.execute(select(Webhook)).one()
+
+
+def later(database: Database) -> None:
+    """The pause before the next attempt is over."""
+    with database.write() as connection:
+        connection.execute(
+            update(Webhook).where(Webhook.state == "due").values(next_attempt_at=db_now(-1))
+        )
+
+
+# Which URLs are accepted.
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://hooks.example/a?b=c",
+        "http://hooks.example:8080",
+        "https://93.184.215.14/",
+        "https://[2606:2800:21f:cb07:6820:80da:af6b:8b2c]/",
+        "env:HOOK_URL",
+    ],
+)
+def test_good_urls(make_settings: MakeSettings, url: str) -> None:
+    check(make_settings(webhook_secret=SECRET), on_complete=url, on_failure=None)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("ftp://hush.example/", "must be an http:// or https:// URL"),
+        ("hush.example/a", "must be an http:// or https:// URL"),
+        ("https://", "must be an http:// or https:// URL"),
+        ("", "must be an http:// or https:// URL"),
+        ("https://me:hush@a.example/", "must hold no user or password"),
+        ("https://hush@a.example/", "must hold no user or password"),
+        ("https://a.example:hush/", "is no URL"),
+        ("https://[a.example/", "is no URL"),
+        ("https://a.example/hush hush", "without spaces"),
+        ("https://ä.example/hush", "without spaces"),
+        ("https://a.example/hush\r\nx: y", "without spaces"),
+        ("https://a.example/" + "hush" * 600, "at most 2000"),
+        ("env:hush hush", "after env: comes the name"),
+        ("https://127.0.0.1/hush", "127.0.0.1 is not public"),
+        ("https://[::ffff:10.0.0.1]/hush", "::ffff:10.0.0.1 is not public"),
+        ("http://localhost:8000/hush", "localhost is not public"),
+    ],
+)
+def test_bad_urls_are_one_line_that_repeats_none_of_it(
+    make_settings: MakeSettings, url: str, message: str
+) -> None:
+    with pytest.raises(UsageError) as error:
+        check(make_settings(webhook_secret=SECRET), on_failure=url)
+    assert str(error.value).startswith("--on-failure")
+    assert message in str(error.value)
+    assert "hush" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_secret_nothing_is_promised(make_settings: MakeSettings) -> None:
+    check(make_settings(), on_complete=None, on_failure=None)
+    with pytest.raises(UsageError, match="--on-complete needs NIGHTHERD_WEBHOOK_SECRET"):
+        check(make_settings(), on_complete="https://a.example/")
+
+
+@pytest.mark.parametrize("secret", ["short", "whsec_c2hvcnQ=", "whsec_no base64 at all!"])
+def test_a_bad_secret_is_refused_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, secret: str
+) -> None:
+    monkeypatch.setenv("NIGHTHERD_WEBHOOK_SECRET", secret)
+    with pytest.raises(SettingsError, match="NIGHTHERD_WEBHOOK_SECRET") as error:
+        load_settings()
+    assert secret not in str(error.value)
+
+
+def test_logs_and_tables_show_scheme_and_host_alone() -> None:
+    assert place("https://hooks.example:8443/services/hush?token=hush") == "https://hooks.example"
+    assert place("env:HOOK") == "env:HOOK"
+
+
+# Signatures.
+
+
+def test_the_example_of_the_standards_libraries() -> None:
+    """The vector of the test suites of standard-webhooks' own libraries."""
+    key = secret_key("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
+    assert key == base64.b64decode("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
+    signature = sign(key, "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}')
+    assert signature == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+def test_a_delivery_is_signed_and_says_how_the_job_ended(
+    database: Database, settings: Settings, hook: Receiver
+) -> None:
+    job_id = ended_job(database, f"{hook.url}/path?query=1")
+    before = time.time()
+    Courier(database, settings).round()
+    (heard,) = hook.heard
+    assert heard.path == "/path?query=1"
+    assert heard.is_signed()
+    assert abs(int(heard.headers["webhook-timestamp"]) - before) < 60
+    assert heard.headers["content-type"] == "application/json"
+    assert heard.body["type"] == "job.completed"
+    assert heard.body["data"]["job"] == job_id
+    assert (heard.body["data"]["done"], heard.body["data"]["name"]) == (2, "a name")
+    row = one(database)
+    assert (row.state, row.attempts, row.last_status, row.id) == ("delivered", 1, 204, heard.id)
+    Courier(database, settings).round()
+    assert len(hook.heard) == 1
+
+
+# What is sent again, and what is not.
+
+
+def test_500_then_200_is_the_same_delivery_twice(
+    database: Database, settings: Settings, hook: Receiver
+) -> None:
+    ended_job(database, hook.url)
+    hook.answers += [500, 200]
+    courier = Courier(database, settings)
+    courier.round()
+    row = one(database)
+    assert (row.state, row.attempts, row.last_status) == ("due", 1, 500)
+    courier.round()
+    assert len(hook.heard) == 1, "not before its pause is over"
+    later(database)
+    courier.round()
+    first, second = hook.heard
+    assert (first.id, first.raw) == (second.id, second.raw)
+    assert second.is_signed()
+    assert one(database).state == "delivered"
+
+
+def test_pauses_grow_and_an_exhausted_delivery_fails(
+    database: Database, settings: Settings, hook: Receiver
+) -> None:
+    ended_job(database, hook.url)
+    hook.answers += [503] * 20
+    courier = Courier(database, settings)
+    pauses = []
+    for _ in range(settings.webhook_attempts):
+        courier.round()
+        row = one(database)
+        if row.state == "due":
+            pauses.append((row.next_attempt_at - database.now()).total_seconds())
+            later(database)
+    assert (row.state, row.attempts) == ("failed", 10)
+    assert row.last_error == "it was answered with 503"
+    assert [round(pause / 5) for pause in pauses] == [round(pause / 5) for pause in RETRY_SECONDS]
+    assert 3 * 86_400 < sum(RETRY_SECONDS) < 3.3 * 86_400
+    later(database)
+    courier.round()
+    assert len(hook.heard) == 10
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "error"),
+    [
+        (302, "due", "it was answered with 302, a redirect, which is not followed"),
+        (307, "due", "it was answered with 307, a redirect, which is not followed"),
+        (404, "due", "it was answered with 404"),
+        (410, "failed", "it was answered with 410"),
+        (200, "delivered", None),
+    ],
+)
+def test_answers(
+    sqlite_database: Database,
+    settings: Settings,
+    hook: Receiver,
+    answer: int,
+    state: str,
+    error: str,
+) -> None:
+    ended_job(sqlite_database, hook.url)
+    hook.answers.append(answer)
+    Courier(sqlite_database, settings).round()
+    row = one(sqlite_database)
+    assert (row.state, row.last_status, row.last_error) == (state, answer, error)
+    assert [heard.path for heard in hook.heard] == ["/"]
+
+
+def test_a_url_that_is_a_secret_is_read_when_it_is_needed(
+    sqlite_database: Database, settings: Settings, hook: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended_job(sqlite_database, "env:HOOK_OF_THE_TESTS")
+    courier = Courier(sqlite_database, settings)
+    for value, said in {
+        "": "HOOK_OF_THE_TESTS is not set here",
+        "https://me:hush@a.example": "HOOK_OF_THE_TESTS must hold no user or password",
+    }.items():
+        monkeypatch.setenv("HOOK_OF_THE_TESTS", value)
+        courier.round()
+        assert one(sqlite_database).last_error.startswith(said)
+        assert "hush" not in one(sqlite_database).last_error
+        later(sqlite_database)
+    monkeypatch.setenv("HOOK_OF_THE_TESTS", f"{hook.url}/hush")
+    courier.round()
+    assert one(sqlite_database).state == "delivered"
+    assert [heard.path for heard in hook.heard] == ["/hush"]
+
+
+def test_without_a_secret_they_wait_and_it_is_said_once(
+    sqlite_database: Database,
+    make_settings: MakeSettings,
+    hook: Receiver,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ended_job(sqlite_database, hook.url)
+    courier = Courier(sqlite_database, make_settings(webhook_allow_private=True))
+    for _ in range(3):
+        courier.round()
+    assert (one(sqlite_database).state, one(sqlite_database).attempts) == ("due", 0)
+    assert [record.message for record in caplog.records] == [
+        "webhooks wait: NIGHTHERD_WEBHOOK_SECRET is not set where this process runs"
+    ]
+    assert not hook.heard
+
+
+# Where it connects to.
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("93.184.215.14", True),
+        ("2606:2800:21f:cb07:6820:80da:af6b:8b2c", True),
+        ("64:ff9b::5db8:d70e", True),
+        ("127.0.0.1", False),
+        ("0.0.0.0", False),  # noqa: S104 - refused
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fc00::1", False),
+        ("fec0::1", False),
+        ("ff02::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:169.254.169.254", False),
+        ("::127.0.0.1", False),
+        ("64:ff9b::a00:1", False),
+        ("2002:7f00:1::", False),
+        ("2001:0:a00:1::", False),
+    ],
+)
+def test_public_addresses(address: str, public: bool) -> None:
+    assert is_public(address) is public
+
+
+def resolver(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> list[str]:
+    """Plays the system's resolver: for a name, each of the answers in turn; the names it was asked.
+
+    Addresses resolve to themselves, as ever.
+    """
+    asked: list[str] = []
+    real = socket.getaddrinfo
+
+    def fake(host: str, port: int, *more: Any, **given: Any) -> Any:
+        with contextlib.suppress(ValueError):
+            ipaddress.ip_address(host)
+            return real(host, port, *more, **given)
+        asked.append(host)
+        found = answers[min(len(asked), len(answers)) - 1]
+        return [
+            (socket.AF_INET6 if ":" in one else socket.AF_INET, 1, 6, "", (one, port))
+            for one in found
+        ]
+
+    monkeypatch.setattr(socket, "getaddrinfo", fake)
+    return asked
+
+
+def sender(*, allow_private: bool = False, timeout: float = 5.0) -> Sender:
+    return Sender(SECRET, timeout=timeout, allow_private=allow_private)
+
+
+@pytest.mark.parametrize(
+    "addresses",
+    [
+        ["127.0.0.1"],
+        ["10.0.0.1"],
+        ["169.254.169.254"],
+        ["fe80::1"],
+        ["::ffff:127.0.0.1"],
+        ["93.184.215.14", "127.0.0.1"],
+    ],
+    ids=str,
+)
+def test_a_name_with_a_private_address_is_refused(
+    monkeypatch: pytest.MonkeyPatch, hook: Receiver, addresses: list[str]
+) -> None:
+    resolver(monkeypatch, addresses)
+    with pytest.raises(SendError, match=r"hooks\.example is at \S+, which is not public"):
+        sender().send(f"http://hooks.example:{hook.port}/", "id", b"{}")
+    assert not hook.heard
+
+
+def test_a_name_that_means_another_address_the_second_time(
+    monkeypatch: pytest.MonkeyPatch, hook: Receiver
+) -> None:
+    """DNS rebinding: public when it is looked at, this machine when it is connected to."""
+    asked = resolver(monkeypatch, ["192.0.0.9"], ["127.0.0.1"])
+    connected: list[Any] = []
+
+    def connect(address: Any, *_more: Any, **_given: Any) -> Any:
+        connected.append(address[0])
+        raise ConnectionRefusedError("nobody there")
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    with pytest.raises(SendError, match="nobody there"):
+        sender().send(f"http://hooks.example:{hook.port}/", "id", b"{}")
+    assert connected == ["192.0.0.9"], "the address that was looked at, not the name"
+    assert asked == ["hooks.example"], "it was resolved once"
+    assert not hook.heard
+
+
+def test_the_name_is_in_the_request_and_the_next_address_is_tried(
+    monkeypatch: pytest.MonkeyPatch, hook: Receiver
+) -> None:
+    resolver(monkeypatch, ["127.0.0.2", "127.0.0.1"])
+    url = f"http://hooks.example:{hook.port}/"
+    assert sender(allow_private=True).send(url, "id", b"{}") == 204
+    assert hook.heard[0].headers["host"] == f"hooks.example:{hook.port}"
+
+
+def test_tls_is_verified_by_the_hosts_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolver(monkeypatch, ["127.0.0.1"])
+    names: list[str | None] = []
+
+    def wrap_socket(_self: ssl.SSLContext, sock: Any, server_hostname: str | None = None) -> Any:
+        names.append(server_hostname)
+        sock.close()
+        raise ssl.SSLCertVerificationError("certificate verify failed")
+
+    monkeypatch.setattr(ssl.SSLContext, "wrap_socket", wrap_socket)
+    attempt = sender(allow_private=True)
+    assert attempt._tls.check_hostname
+    assert attempt._tls.verify_mode == ssl.CERT_REQUIRED
+    with receiver() as hook, pytest.raises(SendError, match="certificate verify failed"):
+        attempt.send(f"https://hooks.example:{hook.port}/", "id", b"{}")
+    assert names == ["hooks.example"]
+
+
+def test_a_name_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_given: Any, **_more: Any) -> Any:
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with pytest.raises(SendError, match=r"the name hooks\.example cannot be resolved"):
+        sender().send("http://hooks.example/", "id", b"{}")
+
+
+# How long it takes.
+
+
+def test_a_resolver_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(webhook_sender.socket, "getaddrinfo", lambda *_a, **_b: over.wait(60))
+    began = time.monotonic()
+    with pytest.raises(SendError, match="not resolved in time"):
+        sender(timeout=0.2).send("http://hooks.example/", "id", b"{}")
+    over.set()
+    assert time.monotonic() - began < 3
+
+
+def drip(handler: BaseHTTPRequestHandler) -> None:
+    """A byte of the answer's head every 50 ms: no single step is ever late."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nx: ")
+    with contextlib.suppress(OSError):
+        for _ in range(200):
+            handler.wfile.write(b"x")
+            handler.wfile.flush()
+            time.sleep(0.05)
+
+
+def silence(handler: BaseHTTPRequestHandler) -> None:
+    with contextlib.suppress(OSError):
+        handler.rfile.read(1)
+
+
+@pytest.mark.parametrize("behaviour", [drip, silence])
+def test_a_receiver_that_takes_its_time(
+    sqlite_database: Database, make_settings: MakeSettings, hook: Receiver, behaviour: Any
+) -> None:
+    ended_job(sqlite_database, hook.url)
+    hook.answers.append(behaviour)
+    settings = make_settings(webhook_secret=SECRET, webhook_allow_private=True, webhook_timeout=0.5)
+    began = time.monotonic()
+    Courier(sqlite_database, settings).round()
+    assert time.monotonic() - began < 5
+    row = one(sqlite_database)
+    assert (row.state, row.last_status, row.last_error) == ("due", None, "no answer within 0.5 s")
+
+
+def endless(handler: BaseHTTPRequestHandler) -> None:
+    """A body without an end, which nobody reads."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+    with contextlib.suppress(OSError):
+        while True:
+            handler.wfile.write(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+
+
+def garbage(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"220 smtp.example ESMTP\r\n")
+
+
+def test_bodies_are_not_read_and_no_http_is_no_answer(
+    sqlite_database: Database, settings: Settings, hook: Receiver
+) -> None:
+    ended_job(sqlite_database, hook.url)
+    hook.answers += [garbage, endless]
+    courier = Courier(sqlite_database, settings)
+    courier.round()
+    assert one(sqlite_database).last_error.startswith("RemoteProtocolError")
+    later(sqlite_database)
+    began = time.monotonic()
+    courier.round()
+    assert one(sqlite_database).state == "delivered"
+    assert time.monotonic() - began < 3
+
+
+# The thread.
+
+
+@pytest.mark.timeout(60)
+def test_a_running_courier_delivers_and_stops_at_once(
+    database: Database, settings: Settings, hook: Receiver
+) -> None:
+    courier = Courier(database, settings)
+    courier.start()
+    try:
+        ended_job(database, hook.url)
+        wait_until(lambda: one(database).state == "delivered", what="the delivery")
+        ended_job(database, hook.url)
+        hook.answers.append(silence)
+        wait_until(lambda: len(hook.heard) == 2, what="the second attempt")
+    finally:
+        began = time.monotonic()
+        courier.stop()
+        assert time.monotonic() - began < 0.5, "what is under way is not waited for"
+    # Ends it in good order, for the sake of the next test.
+    courier._thread.join(10)
+    assert not courier._thread.is_alive()
+
+
+@pytest.mark.timeout(60)
+def test_two_couriers_at_once_deliver_each_once(
+    database: Database, settings: Settings, hook: Receiver
+) -> None:
+    worker = make_worker(database)
+    jobs = [make_job(database, 1, chunk_size=1) for _ in range(20)]
+    with database.write() as connection:
+        for job_id in jobs:
+            store.expect(connection, job_id=job_id, on_complete=hook.url, on_failure=None)
+    work_off(database, worker)
+    couriers = [Courier(database, settings) for _ in range(2)]
+    for courier in couriers:
+        courier.start()
+    try:
+        wait_until(lambda: len(hook.heard) >= 20, what="all deliveries")
+        wait_until(lambda: _states(database) == {"delivered"}, what="their record")
+    finally:
+        for courier in couriers:
+            courier.stop(10)
+    assert sorted(heard.body["data"]["job"] for heard in hook.heard) == sorted(jobs)
+
+
+def _states(database: Database) -> set[str]:
+    with database.read() as connection:
+        return set(connection.execute(select(Webhook.state)).scalars())
+
+
+def test_a_slow_receiver_does_not_hold_up_the_others(
+    sqlite_database: Database, settings: Settings, hook: Receiver
+) -> None:
+    worker = make_worker(sqlite_database)
+    jobs = [make_job(sqlite_database, 1) for _ in range(3)]
+    over = threading.Event()
+    hook.answers.append(lambda handler: over.wait(30) and None)
+    with sqlite_database.write() as connection:
+        for job_id in jobs:
+            store.expect(connection, job_id=job_id, on_complete=hook.url, on_failure=None)
+    work_off(sqlite_database, worker)
+    courier = Courier(sqlite_database, settings)
+    courier.start()
+    try:
+        wait_until(lambda: len(hook.heard) == 3, seconds=4, what="the other two")
+    finally:
+        over.set()
+        courier.stop(10)
+
+
+def test_while_nothing_waits_a_round_is_one_statement(
+    database: Database, settings: Settings, hook: Receiver
+) -> None:
+    make_job(database)
+    courier = Courier(database, settings)
+    with statements(database) as executed:
+        courier.round()
+    assert [word.split()[0] for word in executed if not word.startswith("BEGIN")] == ["SELECT"]
+    assert Settings().webhook_poll_seconds >= 2
+
+
+def test_a_database_that_is_away_is_said_once(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = Database("postgresql+psycopg://nobody@127.0.0.1:1/nothing", patience=0)
+    courier = Courier(away, settings)
+    caplog.set_level(logging.INFO)
+    courier.start()
+    try:
+        wait_until(lambda: "no webhooks: the database" in caplog.text, what="the line")
+        time.sleep(0.4)
+    finally:
+        courier.stop(10)
+        away.close()
+    assert caplog.text.count("no webhooks: ") == 1
+
+
+def test_finish_delivers_what_one_job_waits_for_and_nothing_else(
+    sqlite_database: Database, settings: Settings, hook: Receiver
+) -> None:
+    first = ended_job(sqlite_database, f"{hook.url}/first")
+    ended_job(sqlite_database, f"{hook.url}/second")
+    courier = Courier(sqlite_database, settings)
+    courier.stop()
+    courier.finish(first)
+    assert [heard.path for heard in hook.heard] == ["/first"]
+    with sqlite_database.read() as connection:
+        (shown,) = job_webhooks(connection, first)
+    assert (shown["on"], shown["to"], shown["state"]) == (
+        "complete",
+        "http://127.0.0.1",
+        "delivered",
+    )
+    json.dumps(shown)
+
+
+# From submit on.
+
+
+def test_submit_promises_them_in_the_transaction_that_makes_the_job_live(
+    database: Database, settings: Settings
+) -> None:
+    options = JobOptions(
+        checkpoint_key="demo", on_complete="https://a.example/c", on_failure="env:FAILED"
+    )
+    job = submit(database, settings, [InputRow(1, {"prompt": "a"}, None, None)], options)
+    with database.read() as connection:
+        shown = job_webhooks(connection, job.id)
+    assert [(row["on"], row["to"], row["state"]) for row in shown] == [
+        ("complete", "https://a.example", "waiting"),
+        ("failure", "env:FAILED", "waiting"),
+    ]
