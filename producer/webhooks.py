@@ -84,8 +84,8 @@ def _check_url(url: str, option: str, *, allow_private: bool) -> None:
         parts = urlsplit(url)
         host = parts.hostname
         _ = parts.port
-    except ValueError as error:
-        raise UsageError(f"{option} is no URL: {error}") from None
+    except ValueError:
+        raise UsageError(f"{option} is no URL: its host or port cannot be read") from None
     if parts.scheme not in ("http", "https") or not host:
         raise UsageError(f"{option} must be an http:// or https:// URL, or env:NAME")
     if "@" in parts.netloc:

@@ -15,7 +15,7 @@ from models.store import jobs, webhooks
 from models.store.webhooks import Delivery
 from models.webhook import Webhook
 from tests.seeding import claim as claim_chunk
-from tests.seeding import make_job, make_worker, save, statements, work_off
+from tests.seeding import make_job, make_worker, save, work_off
 
 URL = "https://hooks.example/a"
 
@@ -296,24 +296,20 @@ def test_the_oldest_goes_first_and_one_jobs_own_can_be_asked_for(database: Datab
 
 
 def test_looking_is_one_statement_by_an_index(database: Database) -> None:
-    seen: list[str] = []
-    with statements(database) as executed:
-        look(database)
-        seen = [statement for statement in executed if statement.startswith("SELECT")]
-    assert len(seen) == 1
-    if database.dialect == "sqlite":
-        with database.read() as connection:
-            parameters: dict[str, Any] = {}
+    executed: list[tuple[str, Any]] = []
 
-            def keep(_c: Any, _k: Any, _s: str, given: Any, *_rest: Any) -> None:
-                parameters["given"] = given
+    def note(_connection: Any, _cursor: Any, statement: str, given: Any, *_rest: Any) -> None:
+        executed.append((statement, given))
 
-            event.listen(database.engine, "before_cursor_execute", keep)
-            webhooks.look(connection, most=4)
-            event.remove(database.engine, "before_cursor_execute", keep)
-            plan = connection.exec_driver_sql(
-                f"EXPLAIN QUERY PLAN {seen[0]}", parameters["given"]
-            ).all()
-        webhook_steps = [step[-1] for step in plan if "webhooks" in step[-1]]
-        assert webhook_steps
-        assert all("ix_webhooks_open" in step for step in webhook_steps), webhook_steps
+    event.listen(database.engine, "before_cursor_execute", note)
+    look(database)
+    event.remove(database.engine, "before_cursor_execute", note)
+    ((statement, given),) = [one for one in executed if not one[0].startswith("BEGIN")]
+    if database.dialect == "postgresql":
+        return  # without statistics its plans say nothing
+    with database.read() as connection:
+        plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", given).all()
+    steps = [step[-1] for step in plan if "webhooks" in step[-1]]
+    assert len(steps) == 2
+    assert all("SEARCH webhooks USING" in step for step in steps), steps
+    assert all("INDEX ix_webhooks_open (state=" in step for step in steps), steps

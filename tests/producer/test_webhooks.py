@@ -7,15 +7,18 @@ import contextlib
 import ipaddress
 import json
 import logging
+import re
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import Row, select, update
 
 from models.base import db_now
@@ -47,7 +50,7 @@ def settings(make_settings: MakeSettings) -> Settings:
     return make_settings(
         webhook_secret=SECRET,
         webhook_allow_private=True,
-        webhook_timeout=5,
+        webhook_timeout=2,
         webhook_poll_seconds=0.1,
     )
 
@@ -623,3 +626,49 @@ def test_submit_promises_them_in_the_transaction_that_makes_the_job_live(
         ("complete", "https://a.example", "waiting"),
         ("failure", "env:FAILED", "waiting"),
     ]
+
+
+# The page.
+
+
+def test_the_page_verifies_what_is_sent(
+    sqlite_database: Database, settings: Settings, hook: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "webhooks.md").read_text("utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)  # noqa: S102 - what readers copy
+    ended_job(sqlite_database, hook.url)
+    for secret in (SECRET, "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"):
+        monkeypatch.setenv("NIGHTHERD_WEBHOOK_SECRET", secret)
+        hook.answers.append(500)
+        given = settings.model_copy(update={"webhook_secret": SecretStr(secret)})
+        Courier(sqlite_database, given).round()
+        later(sqlite_database)
+        heard = hook.heard[-1]
+        names["verify"](heard.headers, heard.raw)
+        with pytest.raises(ValueError, match="signature"):
+            names["verify"](heard.headers, heard.raw + b" ")
+        old = {**heard.headers, "webhook-timestamp": "1774835112"}
+        with pytest.raises(ValueError, match="signature"):
+            names["verify"](old, heard.raw)
+    stamp = int(heard.headers["webhook-timestamp"])
+    monkeypatch.setattr(time, "time", lambda: stamp + 301)
+    with pytest.raises(ValueError, match="too old"):
+        names["verify"](heard.headers, heard.raw)
+
+
+def test_the_page_has_the_fields_that_are_sent(
+    sqlite_database: Database, settings: Settings, hook: Receiver
+) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "webhooks.md").read_text("utf-8")
+    (example,) = re.findall(r"^```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    head, _, body = example.partition("\n\n")
+    shown = json.loads(body.replace("\n", ""))
+    ended_job(sqlite_database, hook.url)
+    Courier(sqlite_database, settings).round()
+    (heard,) = hook.heard
+    assert list(shown) == list(heard.body)
+    assert list(shown["data"]) == list(heard.body["data"])
+    for line in head.splitlines()[1:]:
+        assert line.partition(":")[0] in heard.headers
