@@ -151,8 +151,8 @@ def finish_storing(
 
     `on_complete` and `on_failure` are the URLs of its webhooks.
     """
-    job = connection.execute(select(Job.state, Job.firing_id).where(Job.id == job_id)).one_or_none()
-    if job is not None and job.state != "storing":
+    state = connection.execute(select(Job.state).where(Job.id == job_id)).scalar_one_or_none()
+    if state is not None and state != "storing":
         return  # committed before, and only the answer was lost
     _touch_storing(connection, job_id)
     connection.execute(
@@ -178,14 +178,7 @@ def finish_storing(
             created_at=db_now(),
         )
     )
-    if job is not None:
-        webhooks.expect(
-            connection,
-            job_id=job_id,
-            firing_id=job.firing_id,
-            on_complete=on_complete,
-            on_failure=on_failure,
-        )
+    webhooks.expect(connection, job_id=job_id, on_complete=on_complete, on_failure=on_failure)
 
 
 def remove_orphans(connection: Connection, *, idle_seconds: float, limit: int = 20_000) -> int:

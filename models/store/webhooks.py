@@ -41,9 +41,14 @@ def expect(
 ) -> None:
     """What is to be told when the job ends; in the transaction that makes it live.
 
-    Repeated, it changes nothing. `firing_id` is the job's, for the schedule's name in the body.
+    Repeated, it changes nothing. With a job `firing_id` is not noted: the job knows its own, and
+    what is still to be told must not go with a firing that history forgets.
     """
     wanted = {"complete": on_complete, "failure": on_failure}
+    if on_complete is None and on_failure is None:
+        return
+    if job_id is not None:
+        firing_id = None
     of_this = Webhook.job_id == job_id if job_id is not None else Webhook.firing_id == firing_id
     there = set(connection.execute(select(Webhook.occasion).where(of_this)).scalars())
     for occasion, url in wanted.items():
@@ -281,6 +286,14 @@ def not_delivered(
     else:
         values |= _FAILED
     connection.execute(update(Webhook).where(mine, still_due).values(**values))
+
+
+def is_told(connection: Connection, job_id: str) -> bool:
+    """Whether nothing of this job is still to be told: then it may be removed."""
+    still = select(Webhook.id).where(
+        Webhook.job_id == job_id, one_of(Webhook.state, "waiting", "due")
+    )
+    return connection.execute(still.limit(1)).first() is None
 
 
 def of_job(connection: Connection, job_id: str) -> Sequence[Row[*tuple[Any, ...]]]:

@@ -1,7 +1,8 @@
-"""Fault: a courier is killed with -9 at each of its statements; two of them meet."""
+"""Fault: a courier is killed with -9 at each of its statements; some meet; a receiver hangs."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,6 +15,8 @@ from models.store import webhooks as store
 from models.webhook import Webhook
 from nightherd.settings import Settings
 from producer.webhooks import Courier
+from tests.conftest import wait_until
+from tests.faults.conftest import PROMPTS, Fleet
 from tests.faults.killing import at_once, kills, settle, url_of
 from tests.receiver import SECRET, Receiver, receiver
 from tests.seeding import make_job, make_worker, work_off
@@ -101,3 +104,31 @@ def test_couriers_of_several_processes_at_once(database: Database, hook: Receive
     assert len({heard.id for heard in hook.heard}) == 30
     with database.read() as connection:
         assert set(connection.execute(select(Webhook.state)).scalars()) == {"delivered"}
+
+
+def test_worker_goes_on_and_leaves_at_once_while_a_receiver_hangs(
+    sqlite_fleet: Fleet, hook: Receiver
+) -> None:
+    over = threading.Event()
+    hook.answers.append(lambda handler: over.wait(60) and None)
+    variables = {
+        "NIGHTHERD_WEBHOOK_SECRET": SECRET,
+        "NIGHTHERD_WEBHOOK_ALLOW_PRIVATE": "true",
+        "NIGHTHERD_WEBHOOK_TIMEOUT": "60",
+    }
+    worker = sqlite_fleet.start(variables=variables)
+    try:
+        sqlite_fleet.submit(PROMPTS[:4], on_complete=hook.url)
+        wait_until(lambda: len(hook.heard) == 1, seconds=30, what="the attempt")
+        sqlite_fleet.submit(PROMPTS)
+        sqlite_fleet.is_clean(seconds=30)
+        assert sqlite_fleet.workers() == ["ready"]
+        worker.terminate()
+        assert sqlite_fleet.ends(worker, within=5) == 0
+    finally:
+        over.set()
+    assert sqlite_fleet.workers() == ["stopped"]
+    assert _state(sqlite_fleet.database) == "due"
+    _next_courier(sqlite_fleet.database)
+    assert _state(sqlite_fleet.database) == "delivered"
+    assert len({heard.id for heard in hook.heard}) == 1

@@ -564,6 +564,28 @@ def test_a_slow_receiver_does_not_hold_up_the_others(
         courier.stop(10)
 
 
+def test_no_connection_is_held_while_a_receiver_is_waited_for(
+    sqlite_database: Database, settings: Settings, hook: Receiver
+) -> None:
+    """A worker has three connections for all its threads; here there is one."""
+    over = threading.Event()
+    hook.answers += [lambda handler: over.wait(30) and None] * 4
+    for _ in range(4):
+        ended_job(sqlite_database, hook.url)
+    narrow = Database(sqlite_database.url.render_as_string(), pool_size=1)
+    courier = Courier(narrow, settings)
+    courier.start()
+    try:
+        wait_until(lambda: len(hook.heard) == 4, what="four attempts at once")
+        began = time.monotonic()
+        narrow.now()
+        assert time.monotonic() - began < 1
+    finally:
+        over.set()
+        courier.stop(10)
+        narrow.close()
+
+
 def test_while_nothing_waits_a_round_is_one_statement(
     database: Database, settings: Settings, hook: Receiver
 ) -> None:
