@@ -59,9 +59,6 @@ class JobOptions:
     metadata: dict[str, Any] | None = None
     submitted_by: str | None = None
     firing_id: int | None = None
-    on_complete: str | None = None
-    """The URL of a webhook, checked by `producer.webhooks.check`."""
-    on_failure: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,10 +244,7 @@ def _store(
                 if stored < total:
                     _let_others_write(database, time.monotonic() - began)
         ranges = list(_chunk_ranges(spool.samples, settings.chunk_size or chunk_size(total)))
-        urls = {"on_complete": options.on_complete, "on_failure": options.on_failure}
-        database.retrying(
-            lambda connection: store.finish_storing(connection, job_id, ranges, **urls)
-        )
+        database.retrying(lambda connection: store.finish_storing(connection, job_id, ranges))
     except BaseException:
         _discard(database, job_id)
         raise

@@ -17,7 +17,6 @@ from sqlalchemy import Connection, delete, insert, select, update
 from models.base import db_now
 from models.database import driver_errors
 from models.job import Chunk, Job, Request
-from models.store import webhooks
 from nightherd.errors import ConflictError
 
 
@@ -139,18 +138,8 @@ def _copy_requests(connection: Connection, job_id: str, rows: Sequence[NewReques
             )
 
 
-def finish_storing(
-    connection: Connection,
-    job_id: str,
-    chunks: Sequence[ChunkRange],
-    *,
-    on_complete: str | None = None,
-    on_failure: str | None = None,
-) -> None:
-    """The last transaction: the chunks, and the job becomes `queued`, visible and claimable.
-
-    `on_complete` and `on_failure` are the URLs of its webhooks.
-    """
+def finish_storing(connection: Connection, job_id: str, chunks: Sequence[ChunkRange]) -> None:
+    """The last transaction: the chunks, and the job becomes `queued`, visible and claimable."""
     state = connection.execute(select(Job.state).where(Job.id == job_id)).scalar_one_or_none()
     if state is not None and state != "storing":
         return  # committed before, and only the answer was lost
@@ -178,7 +167,6 @@ def finish_storing(
             created_at=db_now(),
         )
     )
-    webhooks.expect(connection, job_id=job_id, on_complete=on_complete, on_failure=on_failure)
 
 
 def remove_orphans(connection: Connection, *, idle_seconds: float, limit: int = 20_000) -> int:
