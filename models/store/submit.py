@@ -138,10 +138,15 @@ def _copy_requests(connection: Connection, job_id: str, rows: Sequence[NewReques
             )
 
 
+def is_storing(connection: Connection, job_id: str) -> bool:
+    """Whether a job is not live yet, or has been removed meanwhile."""
+    state = connection.execute(select(Job.state).where(Job.id == job_id)).scalar_one_or_none()
+    return state in (None, "storing")
+
+
 def finish_storing(connection: Connection, job_id: str, chunks: Sequence[ChunkRange]) -> None:
     """The last transaction: the chunks, and the job becomes `queued`, visible and claimable."""
-    state = connection.execute(select(Job.state).where(Job.id == job_id)).scalar_one_or_none()
-    if state is not None and state != "storing":
+    if not is_storing(connection, job_id):
         return  # committed before, and only the answer was lost
     _touch_storing(connection, job_id)
     connection.execute(

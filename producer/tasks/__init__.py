@@ -93,6 +93,7 @@ def make_builder(
     task_args: Mapping[str, str] | None = None,
     labels: Sequence[str] = (),
     schema: Mapping[str, Any] | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> RowBuilder | None:
     """The builder for a command's options, None where rows are taken as they are.
 
