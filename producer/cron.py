@@ -96,9 +96,7 @@ class Rule:
             begin = until - back
             if after is not None and begin <= after:
                 begin = after
-            found = None
-            for found in self.between(begin, until):
-                pass
+            found = max(self.between(begin, until), default=None)
             if found is not None or begin == after:
                 return found
         return None

@@ -16,7 +16,6 @@ class Policy:
     """How a schedule treats slots that come late or find it busy."""
 
     misfire: str
-    concurrency: str
     starting_deadline: timedelta | None
     margin: timedelta = timedelta(seconds=SKIP_MARGIN)
 
@@ -55,7 +54,9 @@ def plan(
         latest = rule.latest(now, _before(next_at)) or next_at
         earlier = rule.missed(_before(next_at), _before(latest))
         if earlier is not None and latest >= limit:
-            told = f"{_were(earlier)} missed; {show_utc(latest)} stands for all (--misfire coalesce)"
+            told = (
+                f"{_were(earlier)} missed; {show_utc(latest)} stands for all (--misfire coalesce)"
+            )
             skips.append(Skip(earlier, told))
             first = latest
     if first < limit:

@@ -225,7 +225,7 @@ def renew(connection: Connection, firing_id: int, holder: str, *, lease_seconds:
     return hit.rowcount == 1
 
 
-def newest_job(firing_id: Any = Firing.id) -> Select[tuple[str]]:
+def newest_job(firing_id: Any = Firing.id) -> Select[Any]:
     """The job of a firing; a backfill gives it another one."""
     return (
         select(Job.id)
@@ -236,7 +236,7 @@ def newest_job(firing_id: Any = Firing.id) -> Select[tuple[str]]:
 
 
 def open_firing(connection: Connection, schedule_id: int) -> FiringRow | None:
-    """The oldest firing of a schedule that has not ended, with its `job`; backfills do not count."""
+    """A schedule's oldest firing that has not ended, with its `job`; backfills do not count."""
     return connection.execute(
         select(
             Firing.id,
@@ -440,8 +440,12 @@ def _remove(connection: Connection, firing_id: int) -> int:
         connection.execute(
             update(Job)
             .where(Job.id.in_(own), Job.state.in_(ENDED_JOB_STATES))
-            .values(state="storing", firing_id=None, finished_at=func.coalesce(Job.finished_at, db_now()))
-        )  # fmt: skip
+            .values(
+                state="storing",
+                firing_id=None,
+                finished_at=func.coalesce(Job.finished_at, db_now()),
+            )
+        )
     return connection.execute(delete(Firing).where(Firing.id == firing_id)).rowcount
 
 

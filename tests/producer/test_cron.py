@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from itertools import islice
+from itertools import islice, pairwise
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -40,7 +40,9 @@ def test_one_slot_a_day_when_the_clock_changes(zone: str, spring: bool) -> None:
     line = f"{gap if spring else TWICE[zone]} * * *"
     first = forward if spring else back
     offsets = {
-        (datetime.fromisoformat(first) + timedelta(days=day)).replace(tzinfo=ZoneInfo(zone)).utcoffset()
+        (datetime.fromisoformat(first) + timedelta(days=day))
+        .replace(tzinfo=ZoneInfo(zone))
+        .utcoffset()
         for day in range(7)
     }
     assert len(offsets) == 2, "the clock changes in this week"
@@ -82,7 +84,7 @@ def test_hourly_goes_by_the_time_that_passes(day: str, count: int) -> None:
     end = begin + timedelta(days=1)
     slots = list(rule.between(begin - timedelta(seconds=1), end - timedelta(seconds=1)))
     assert len(slots) == count
-    assert {b - a for a, b in zip(slots, slots[1:], strict=False)} == {timedelta(hours=1)}
+    assert {b - a for a, b in pairwise(slots)} == {timedelta(hours=1)}
 
 
 @pytest.mark.parametrize(
@@ -182,6 +184,6 @@ def test_slots_are_in_order_and_do_not_depend_on_where_one_begins(
     slots = list(islice(rule.after(start), 12))
     assert slots == sorted(set(slots))
     assert all(slot > start for slot in slots)
-    for earlier, later in zip(slots, slots[1:], strict=False):
+    for earlier, later in pairwise(slots):
         assert rule.next(earlier) == later
         assert rule.previous(later) == earlier

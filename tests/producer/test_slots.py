@@ -18,10 +18,8 @@ def at(text: str) -> datetime:
     return datetime.fromisoformat(text).replace(tzinfo=UTC)
 
 
-def policy(
-    misfire: str = "coalesce", deadline: timedelta | None = None, concurrency: str = "forbid"
-) -> Policy:
-    return Policy(misfire, concurrency, deadline)
+def policy(misfire: str = "coalesce", deadline: timedelta | None = None) -> Policy:
+    return Policy(misfire, deadline)
 
 
 def reasons(made: Plan) -> list[str]:
@@ -53,9 +51,7 @@ def test_skip_fires_only_what_is_hardly_late() -> None:
     assert made.fire == at("2026-01-05T02:00")
     made = plan(NIGHTLY, policy("skip"), at("2026-01-05T02:00"), now + timedelta(seconds=1))
     assert (made.fire, made.next_at) == (None, at("2026-01-06T02:00"))
-    assert reasons(made) == [
-        "the slot of 2026-01-05T02:00Z was more than 1m late (--misfire skip)"
-    ]
+    assert reasons(made) == ["the slot of 2026-01-05T02:00Z was more than 1m late (--misfire skip)"]
     made = plan(MINUTELY, policy("skip"), at("2026-01-05T02:00"), at("2026-01-05T02:10:30"))
     assert made.fire == at("2026-01-05T02:10")
     assert made.skips[0].slots.count == 10
@@ -74,7 +70,9 @@ def test_all_fires_one_after_the_other_the_oldest_first() -> None:
 
 
 def test_a_catch_up_inside_the_deadline_and_a_skip_outside() -> None:
-    inside = plan(NIGHTLY, policy(deadline=6 * HOUR), at("2026-01-05T02:00"), at("2026-01-05T08:00"))
+    inside = plan(
+        NIGHTLY, policy(deadline=6 * HOUR), at("2026-01-05T02:00"), at("2026-01-05T08:00")
+    )
     assert (inside.fire, inside.skips) == (at("2026-01-05T02:00"), ())
     outside = plan(
         NIGHTLY, policy(deadline=6 * HOUR), at("2026-01-05T02:00"), at("2026-01-05T08:00:01")
@@ -111,9 +109,7 @@ def test_busy_is_skipped_but_waits_with_all() -> None:
     slot, now = at("2026-01-05T02:00"), at("2026-01-05T02:00:01")
     made = plan(NIGHTLY, policy(), slot, now, busy="job 1q of 2026-01-04T02:00Z")
     assert (made.fire, made.next_at) == (None, at("2026-01-06T02:00"))
-    assert reasons(made) == [
-        "job 1q of 2026-01-04T02:00Z has not ended (--concurrency forbid)"
-    ]
+    assert reasons(made) == ["job 1q of 2026-01-04T02:00Z has not ended (--concurrency forbid)"]
     waits = plan(NIGHTLY, policy("all"), slot, now, busy="job 1q")
     assert waits == Plan((), None, slot)
 
