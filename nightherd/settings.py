@@ -61,13 +61,24 @@ class Settings(BaseModel):
         "by default a server that nightherd starts itself in the data folder.",
     )
     lease_seconds: float = Field(
-        default=45.0, gt=0, description="How long a worker's right to its chunks lasts unrenewed."
+        default=45.0,
+        gt=0,
+        description="How long a worker's right to its chunks, or a beat's to a firing, lasts "
+        "unrenewed.",
     )
     renew_seconds: float = Field(
-        default=10.0, gt=0, description="How often a worker renews its lease."
+        default=10.0, gt=0, description="How often a worker, or a beat, renews its lease."
     )
     tick_seconds: float = Field(
         default=10.0, gt=0, description="How often workers and beat do the housekeeping."
+    )
+    schedule_seconds: float = Field(
+        default=1.0, gt=0, description="How often beat looks for schedules that are due."
+    )
+    misfire_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        description="How late a slot of a schedule with `--misfire skip` may be and still fire.",
     )
     watch_seconds: float = Field(
         default=1.0, gt=0, description="How often a worker asks which of its chunks are wanted."

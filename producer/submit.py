@@ -14,6 +14,7 @@ from datetime import datetime
 from itertools import islice
 from typing import IO, Any
 
+from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from models.base import new_id
@@ -42,6 +43,10 @@ _SMALLEST_CHUNK, _LARGEST_CHUNK, _CHUNKS_OF_SMALL_JOB = 16, 256, 8
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a phase ("checking", "storing"), rows so far, and their number where known."""
+Live = Callable[[Connection, str], None]
+"""Called with a job's id in the transaction that makes it live; what it raises undoes that."""
+Limits = dict[str, CheckpointLimits | None]
+"""By checkpoint key: for who submits many jobs at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,8 @@ def submit(
     *,
     source: str = "the input",
     progress: Progress | None = None,
+    live: Live | None = None,
+    known_limits: Limits | None = None,
 ) -> SubmittedJob:
     """Checks every row, then stores the job and makes it `queued`.
 
@@ -110,11 +117,11 @@ def submit(
     """
     report = progress or (lambda phase, count, total: None)
     _check_options(options)
-    limits = _limits(database, settings, options)
+    limits = _limits(database, settings, options, {} if known_limits is None else known_limits)
     spool = _Spool()
     try:
         _check(rows, options, limits, spool, source, report)
-        return _store(database, settings, spool, options, report)
+        return _store(database, settings, spool, options, report, live)
     finally:
         spool.close()
 
@@ -135,11 +142,17 @@ def _check_options(options: JobOptions) -> None:
                 raise UsageError(f"the job's {name} holds {reason}")
 
 
-def _limits(database: Database, settings: Settings, options: JobOptions) -> CheckpointLimits | None:
+def _limits(
+    database: Database, settings: Settings, options: JobOptions, known: Limits
+) -> CheckpointLimits | None:
     """What the job's checkpoint can take, where that is known here."""
     key = options.checkpoint_key
-    serving = database.retrying(lambda connection: serving_workers(connection, key), reading=True)
-    limits = limits_at_hand(key, settings.home, serving)
+    if key not in known:
+        serving = database.retrying(
+            lambda connection: serving_workers(connection, key), reading=True
+        )
+        known[key] = limits_at_hand(key, settings.home, serving)
+    limits = known[key]
     if limits is not None:
         limits.check_params(options.params)
     return limits
@@ -221,7 +234,12 @@ def _checked(
 
 
 def _store(
-    database: Database, settings: Settings, spool: _Spool, options: JobOptions, report: Progress
+    database: Database,
+    settings: Settings,
+    spool: _Spool,
+    options: JobOptions,
+    report: Progress,
+    live: Live | None,
 ) -> SubmittedJob:
     seed = options.seed if options.seed is not None else secrets.randbits(63)
     total = len(spool.samples)
@@ -244,11 +262,19 @@ def _store(
                 if stored < total:
                     _let_others_write(database, time.monotonic() - began)
         ranges = list(_chunk_ranges(spool.samples, settings.chunk_size or chunk_size(total)))
-        database.retrying(lambda connection: store.finish_storing(connection, job_id, ranges))
+        database.retrying(lambda connection: _go_live(connection, job_id, ranges, live))
     except BaseException:
         _discard(database, job_id)
         raise
     return SubmittedJob(job_id, seed, total, sum(spool.samples))
+
+
+def _go_live(
+    connection: Connection, job_id: str, ranges: list[store.ChunkRange], live: Live | None
+) -> None:
+    if live is not None and store.is_storing(connection, job_id):
+        live(connection, job_id)
+    store.finish_storing(connection, job_id, ranges)
 
 
 def _let_others_write(database: Database, held_seconds: float) -> None:

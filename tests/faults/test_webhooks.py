@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from sqlalchemy import delete, select, update
+from sqlalchemy import Connection, delete, select, update
 
 from models.base import db_now
 from models.database import Database
@@ -14,6 +15,8 @@ from models.job import Job
 from models.store import webhooks as store
 from models.webhook import Webhook
 from nightherd.settings import Settings
+from producer.readers import Row
+from producer.submit import JobOptions, submit
 from producer.webhooks import Courier
 from tests.conftest import wait_until
 from tests.faults.conftest import PROMPTS, Fleet
@@ -96,6 +99,27 @@ def test_courier_kill9_at_every_statement_of_a_delivery(database: Database, hook
     assert points > 10
 
 
+def submit_in_child(url: str, home: str) -> None:
+    def live(connection: Connection, job_id: str) -> None:
+        store.expect(connection, job_id=job_id, on_complete="https://a.example", on_failure=None)
+
+    settings = Settings.model_validate({"home": home})
+    rows = [Row(1, {"prompt": "a"}, None, None)]
+    submit(Database(url), settings, rows, JobOptions(checkpoint_key="demo"), live=live)
+
+
+def test_producer_kill9_leaves_no_live_job_without_its_webhook(
+    database: Database, tmp_path: Path
+) -> None:
+    states = set()
+    found = select(Job.state, Webhook.state).outerjoin(Webhook, Webhook.job_id == Job.id)
+    for _ in kills(submit_in_child, url_of(database), str(tmp_path)):
+        settle(database)
+        with database.read() as connection:
+            states |= {tuple(row) for row in connection.execute(found)}
+    assert states == {("storing", None), ("queued", "waiting")}
+
+
 def test_couriers_of_several_processes_at_once(database: Database, hook: Receiver) -> None:
     worker = make_worker(database)
     _ended_jobs(database, worker, hook, count=30)
@@ -118,7 +142,10 @@ def test_worker_goes_on_and_leaves_at_once_while_a_receiver_hangs(
     }
     worker = sqlite_fleet.start(variables=variables)
     try:
-        sqlite_fleet.submit(PROMPTS[:4], on_complete=hook.url)
+        job = sqlite_fleet.submit(PROMPTS[:4], ring=False)
+        with sqlite_fleet.database.write() as connection:
+            store.expect(connection, job_id=job.job_id, on_complete=hook.url, on_failure=None)
+        sqlite_fleet.ring()
         wait_until(lambda: len(hook.heard) == 1, seconds=30, what="the attempt")
         sqlite_fleet.submit(PROMPTS)
         sqlite_fleet.is_clean(seconds=30)

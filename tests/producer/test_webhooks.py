@@ -28,8 +28,6 @@ from models.webhook import Webhook
 from nightherd.errors import SettingsError, UsageError
 from nightherd.settings import Settings, load_settings
 from producer import webhook_sender
-from producer.readers import Row as InputRow
-from producer.submit import JobOptions, submit
 from producer.webhook_sender import Sender, SendError, is_public, secret_key, sign
 from producer.webhooks import RETRY_SECONDS, Courier, check, job_webhooks, place
 from tests.conftest import wait_until
@@ -630,24 +628,6 @@ def test_finish_delivers_what_one_job_waits_for_and_nothing_else(
         "delivered",
     )
     json.dumps(shown)
-
-
-# From submit on.
-
-
-def test_submit_promises_them_in_the_transaction_that_makes_the_job_live(
-    database: Database, settings: Settings
-) -> None:
-    options = JobOptions(
-        checkpoint_key="demo", on_complete="https://a.example/c", on_failure="env:FAILED"
-    )
-    job = submit(database, settings, [InputRow(1, {"prompt": "a"}, None, None)], options)
-    with database.read() as connection:
-        shown = job_webhooks(connection, job.id)
-    assert [(row["on"], row["to"], row["state"]) for row in shown] == [
-        ("complete", "https://a.example", "waiting"),
-        ("failure", "env:FAILED", "waiting"),
-    ]
 
 
 # The page.
