@@ -236,17 +236,19 @@ def newest_job(firing_id: Any = Firing.id) -> Select[Any]:
 
 
 def open_firing(connection: Connection, schedule_id: int) -> FiringRow | None:
-    """A schedule's oldest firing that has not ended, with its `job`; backfills do not count."""
+    """A schedule's oldest firing whose `job` has not ended or is being made; no backfills.
+
+    One whose job has ended, and whose end is still to be written down, is not in the way.
+    """
+    newest = newest_job().correlate(Firing).scalar_subquery()
     return connection.execute(
-        select(
-            Firing.id,
-            Firing.scheduled_for_utc,
-            newest_job().correlate(Firing).scalar_subquery().label("job"),
-        )
+        select(Firing.id, Firing.scheduled_for_utc, Job.id.label("job"))
+        .outerjoin(Job, Job.id == newest)
         .where(
             Firing.schedule_id == schedule_id,
             one_of(Firing.state, *_OPEN),
             Firing.kind != "backfill",
+            (Firing.state == "claimed") | Job.state.in_(OPEN_JOB_STATES),
         )
         .order_by(Firing.scheduled_for_utc)
         .limit(1)

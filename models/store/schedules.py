@@ -53,6 +53,15 @@ def add(connection: Connection, new: NewSchedule, *, repeated: bool = False) -> 
         )
 
 
+def set_next(
+    connection: Connection, schedule_id: int, values: dict[str, Any], next_at: datetime | None
+) -> None:
+    """Sets columns and the next slot of a locked schedule whose rule has changed."""
+    connection.execute(
+        update(Schedule).where(Schedule.id == schedule_id).values(**values, next_at=next_at)
+    )
+
+
 def find(connection: Connection, name: str) -> ScheduleRow | None:
     return connection.execute(select(Schedule).where(Schedule.name == name)).one_or_none()
 

@@ -21,7 +21,8 @@ from models.database import Database
 from models.store import firings, schedules
 from models.store.firings import FiringRow
 from models.store.schedules import ScheduleRow
-from nightherd.errors import NightherdError
+from nightherd.errors import DatabaseError, NightherdError
+from nightherd.log import OncePerState
 from nightherd.settings import Settings
 from producer.cron import parse_rule, show_utc
 from producer.schedules.ending import Ended, end_all
@@ -247,3 +248,22 @@ def _record(connection: Connection, schedule: ScheduleRow, skip: Skip) -> None:
     if skip.missed:
         row = firings.get(connection, firing_id)
         tell_failure(connection, row, "firing.missed", skip.reason)
+
+
+def run(scheduler: Scheduler, period_seconds: float, stop: threading.Event) -> None:
+    """Rounds until told to stop; a database that is away is said once."""
+    down = OncePerState(log)
+    try:
+        while not stop.is_set():
+            try:
+                scheduler.round(stop)
+            except DatabaseError as error:
+                down.begin("%s; schedules wait", error)
+            except Exception:
+                # One schedule must not stop the others for good.
+                log.exception("a round of the schedules failed; the next one tries again")
+            else:
+                down.end("the database answers again")
+            stop.wait(period_seconds)
+    finally:
+        scheduler.close()
