@@ -40,6 +40,11 @@ def test_a_bad_webhook_is_one_line_and_nothing_is_stored(
         (line,) = outcome.error_lines
         assert line.startswith(f"nightherd: {said}")
         assert not (tmp_path / "data" / "nightherd.db").exists()
+    rule = ("--cron", "@nightly", "in.txt")
+    added = nightherd("schedule", "add", "a", *rule, "--on-failure", "https://hooks.example/a")
+    assert added.code == 2
+    assert added.error_lines[0].startswith("nightherd: --on-failure needs NIGHTHERD_WEBHOOK_SECRET")
+    assert json.loads(nightherd("schedule", "list", "--json").out) == []
 
 
 def test_a_beat_tells_that_a_job_was_cancelled(
