@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import secrets
@@ -35,6 +36,8 @@ SHOWN_PROBLEMS = 20
 _SPOOL_IN_MEMORY = 16 * 2**20
 _CHECKED_AT_ONCE = 128
 """Rows, which are tokenised together where they may be too long."""
+_SMALL_JOB = 1_000
+"""Rows that are stored in the last transaction itself."""
 _ID_ATTEMPTS = 5
 _DISCARD_SECONDS = 5.0
 _SQLITE_TURN_SECONDS = 0.12
@@ -243,6 +246,11 @@ def _store(
 ) -> SubmittedJob:
     seed = options.seed if options.seed is not None else secrets.randbits(63)
     total = len(spool.samples)
+    ranges = list(_chunk_ranges(spool.samples, settings.chunk_size or chunk_size(total)))
+    if total <= min(_SMALL_JOB, settings.store_batch):
+        job_id = _store_whole(database, options, seed, list(spool), ranges, live)
+        report("storing", total, total)
+        return SubmittedJob(job_id, seed, total, sum(spool.samples))
     job_id = _begin(database, options, seed)
     try:
         batch: list[store.NewRequest] = []
@@ -261,12 +269,31 @@ def _store(
                 report("storing", stored, total)
                 if stored < total:
                     _let_others_write(database, time.monotonic() - began)
-        ranges = list(_chunk_ranges(spool.samples, settings.chunk_size or chunk_size(total)))
         database.retrying(lambda connection: _go_live(connection, job_id, ranges, live))
     except BaseException:
         _discard(database, job_id)
         raise
     return SubmittedJob(job_id, seed, total, sum(spool.samples))
+
+
+def _store_whole(
+    database: Database,
+    options: JobOptions,
+    seed: int,
+    rows: list[store.NewRequest],
+    ranges: list[store.ChunkRange],
+    live: Live | None,
+) -> str:
+    """All of a small job in one transaction: ten thousand schedules may be due at once."""
+
+    def work(connection: Connection, new: store.NewJob, repeated: bool) -> None:
+        if repeated and store.is_there(connection, new.id):
+            return  # committed before, and only the answer was lost
+        store.begin_storing(connection, new)
+        store.store_requests(connection, new.id, rows)
+        _go_live(connection, new.id, ranges, live)
+
+    return _with_new_id(database, options, seed, work)
 
 
 def _go_live(
@@ -288,32 +315,54 @@ def _let_others_write(database: Database, held_seconds: float) -> None:
 
 
 def _begin(database: Database, options: JobOptions, seed: int) -> str:
+    # Where the first commit took place and only its answer was lost, the empty job is left to
+    # housekeeping.
+    return _with_new_id(
+        database, options, seed, lambda connection, new, _: store.begin_storing(connection, new)
+    )
+
+
+def _with_new_id(
+    database: Database,
+    options: JobOptions,
+    seed: int,
+    work: Callable[[Connection, store.NewJob, bool], None],
+) -> str:
+    """Runs `work` in a transaction, with a new job and whether it ran before; the job's id.
+
+    Again with another id where another submit drew this one in the same millisecond.
+    """
     attempts = 0
     while True:
         attempts += 1
-        new = store.NewJob(
-            id=new_id(),
-            checkpoint_key=options.checkpoint_key,
-            seed=seed,
-            params=dict(options.params),
-            name=options.name,
-            template=options.template,
-            priority=options.priority,
-            not_before=options.not_before,
-            deadline=options.deadline,
-            metadata=options.metadata,
-            firing_id=options.firing_id,
-            submitted_by=options.submitted_by,
-        )
+        new = _new_job(options, seed)
+        runs = itertools.count()
         try:
-            database.retrying(lambda connection, new=new: store.begin_storing(connection, new))  # type: ignore[misc]
+            database.retrying(
+                lambda connection, new=new, runs=runs: work(connection, new, next(runs) > 0)  # type: ignore[misc]
+            )
         except IntegrityError:
-            # Another submit drew this id in the same millisecond; or this one's first commit took
-            # place and only its answer was lost, then the empty job is left to housekeeping.
             if attempts == _ID_ATTEMPTS:
                 raise
         else:
             return new.id
+
+
+def _new_job(options: JobOptions, seed: int) -> store.NewJob:
+    return store.NewJob(
+        id=new_id(),
+        checkpoint_key=options.checkpoint_key,
+        seed=seed,
+        params=dict(options.params),
+        name=options.name,
+        template=options.template,
+        priority=options.priority,
+        not_before=options.not_before,
+        deadline=options.deadline,
+        metadata=options.metadata,
+        firing_id=options.firing_id,
+        submitted_by=options.submitted_by,
+    )
 
 
 def _discard(database: Database, job_id: str) -> None:

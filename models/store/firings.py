@@ -21,6 +21,7 @@ from sqlalchemy import (
     Connection,
     Row,
     Select,
+    bindparam,
     delete,
     exists,
     func,
@@ -196,21 +197,25 @@ def _ended(state: str, reason: str | None) -> dict[str, Any]:
     }
 
 
+# Built once: where ten thousand are due, building statements is most of the work.
+_GET = (
+    select(
+        Firing,
+        Schedule.name,
+        Schedule.cron,
+        Schedule.timezone,
+        Schedule.input,
+        Schedule.options,
+        Schedule.concurrency,
+    )
+    .join(Schedule, Schedule.id == Firing.schedule_id)
+    .where(Firing.id == bindparam("firing"))
+)
+
+
 def get(connection: Connection, firing_id: int) -> FiringRow | None:
-    """A firing with its schedule's columns, those that both have as `schedule_…`."""
-    return connection.execute(
-        select(
-            Firing,
-            Schedule.name,
-            Schedule.cron,
-            Schedule.timezone,
-            Schedule.input,
-            Schedule.options,
-            Schedule.concurrency,
-        )
-        .join(Schedule, Schedule.id == Firing.schedule_id)
-        .where(Firing.id == firing_id)
-    ).one_or_none()
+    """A firing with what its schedule says of it."""
+    return connection.execute(_GET, {"firing": firing_id}).one_or_none()
 
 
 def renew(connection: Connection, firing_id: int, holder: str, *, lease_seconds: float) -> bool:
@@ -235,24 +240,26 @@ def newest_job(firing_id: Any = Firing.id) -> Select[Any]:
     )
 
 
+_IN_THE_WAY = (
+    select(Firing.id, Firing.scheduled_for_utc, Job.id.label("job"))
+    .outerjoin(Job, Job.id == newest_job().correlate(Firing).scalar_subquery())
+    .where(
+        Firing.schedule_id == bindparam("schedule"),
+        one_of(Firing.state, *_OPEN),
+        Firing.kind != "backfill",
+        (Firing.state == "claimed") | Job.state.in_(OPEN_JOB_STATES),
+    )
+    .order_by(Firing.scheduled_for_utc)
+    .limit(1)
+)
+
+
 def open_firing(connection: Connection, schedule_id: int) -> FiringRow | None:
     """A schedule's oldest firing whose `job` has not ended or is being made; no backfills.
 
     One whose job has ended, and whose end is still to be written down, is not in the way.
     """
-    newest = newest_job().correlate(Firing).scalar_subquery()
-    return connection.execute(
-        select(Firing.id, Firing.scheduled_for_utc, Job.id.label("job"))
-        .outerjoin(Job, Job.id == newest)
-        .where(
-            Firing.schedule_id == schedule_id,
-            one_of(Firing.state, *_OPEN),
-            Firing.kind != "backfill",
-            (Firing.state == "claimed") | Job.state.in_(OPEN_JOB_STATES),
-        )
-        .order_by(Firing.scheduled_for_utc)
-        .limit(1)
-    ).one_or_none()
+    return connection.execute(_IN_THE_WAY, {"schedule": schedule_id}).one_or_none()
 
 
 def submit(

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, insert, select, tuple_, update
+from sqlalchemy import Connection, Integer, Row, bindparam, delete, insert, select, tuple_, update
 
-from models.base import one_of
+from models.base import UTCDateTime, one_of
 from models.job import OPEN_JOB_STATES, Job
 from models.schedule import Firing, Schedule
 from nightherd.errors import ConflictError
@@ -121,6 +121,22 @@ def is_any_due(connection: Connection, now: datetime) -> bool:
     ).first() is not None  # fmt: skip
 
 
+# Built once: where ten thousand are due, building statements is most of the work.
+_DUE = (
+    select(Schedule)
+    .where(Schedule.next_at <= bindparam("now"), Schedule.paused.is_(False))
+    .order_by(Schedule.next_at, Schedule.id)
+    .limit(1)
+    .with_for_update(key_share=True, skip_locked=True)
+)
+_NEXT_DUE = _DUE.where(
+    # The first comparison is for the index, the second is the one that is meant.
+    Schedule.next_at >= bindparam("after", type_=UTCDateTime()),
+    tuple_(Schedule.next_at, Schedule.id)
+    > tuple_(bindparam("after", type_=UTCDateTime()), bindparam("last", type_=Integer())),
+)
+
+
 def lock_due(
     connection: Connection, now: datetime, after: tuple[datetime, int] | None = None
 ) -> ScheduleRow | None:
@@ -128,19 +144,10 @@ def lock_due(
 
     `after`: the (next_at, id) of the last one that was looked at in this round.
     """
-    due = (
-        select(Schedule)
-        .where(Schedule.next_at <= now, Schedule.paused.is_(False))
-        .order_by(Schedule.next_at, Schedule.id)
-        .limit(1)
-        .with_for_update(key_share=True, skip_locked=True)
-    )
-    if after is not None:
-        # The first comparison is for the index, the second is the one that is meant.
-        due = due.where(
-            Schedule.next_at >= after[0], tuple_(Schedule.next_at, Schedule.id) > tuple_(*after)
-        )
-    return connection.execute(due).one_or_none()
+    if after is None:
+        return connection.execute(_DUE, {"now": now}).one_or_none()
+    cursor = {"now": now, "after": after[0], "last": after[1]}
+    return connection.execute(_NEXT_DUE, cursor).one_or_none()
 
 
 def advance(

@@ -138,6 +138,10 @@ def _copy_requests(connection: Connection, job_id: str, rows: Sequence[NewReques
             )
 
 
+def is_there(connection: Connection, job_id: str) -> bool:
+    return connection.execute(select(Job.id).where(Job.id == job_id)).first() is not None
+
+
 def is_storing(connection: Connection, job_id: str) -> bool:
     """Whether a job is not live yet, or has been removed meanwhile."""
     state = connection.execute(select(Job.state).where(Job.id == job_id)).scalar_one_or_none()

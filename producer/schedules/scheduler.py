@@ -60,7 +60,7 @@ class _Claimed:
     """What came of a look at a schedule that was due."""
 
     cursor: tuple[datetime, int]
-    firing_id: int | None
+    firing: FiringRow | None
 
 
 class Scheduler:
@@ -146,8 +146,8 @@ class Scheduler:
                 return
             cursor = claimed.cursor
             done.looked_at += 1
-            if claimed.firing_id is not None:
-                self._fire_claimed(claimed.firing_id, done, limits)
+            if claimed.firing is not None:
+                self._fire(claimed.firing, done, limits)
 
     def _claim(self, now: datetime, cursor: tuple[datetime, int] | None) -> _Claimed | None:
         tries = 0
@@ -159,7 +159,8 @@ class Scheduler:
                 # The first try may have been committed, and only its answer lost.
                 mine = firings.held_by(connection, self.holder.id)
                 if mine is not None:
-                    return _Claimed(cursor or (datetime.min.replace(tzinfo=now.tzinfo), 0), mine)
+                    first = cursor or (datetime.min.replace(tzinfo=now.tzinfo), 0)
+                    return _Claimed(first, firings.get(connection, mine))
             schedule = schedules.lock_due(connection, now, cursor)
             return None if schedule is None else self._look_at(connection, schedule, now)
 
@@ -187,7 +188,7 @@ class Scheduler:
             self.holder.id,
             lease_seconds=self.holder.lease_seconds,
         )
-        return _Claimed(cursor, firing_id)
+        return _Claimed(cursor, None if firing_id is None else firings.get(connection, firing_id))
 
     def _plan(self, connection: Connection, schedule: ScheduleRow, now: datetime) -> Plan:
         rule = parse_rule(schedule.cron, schedule.timezone)
@@ -201,11 +202,6 @@ class Scheduler:
         if schedule.concurrency == "forbid":
             busy = describe_open(connection, schedule.id)
         return plan(rule, policy, schedule.next_at, now, busy)
-
-    def _fire_claimed(self, firing_id: int, done: Round, limits: Limits) -> None:
-        row = self._database.retrying(lambda c: firings.get(c, firing_id), reading=True)
-        if row is not None:
-            self._fire(row, done, limits)
 
     def _fire(self, row: FiringRow, done: Round, limits: Limits) -> None:
         fired = fire(self._database, self._settings, self.holder, row, limits)

@@ -441,8 +441,8 @@ def _claimed(database: Database, clock: Clock, beat: Scheduler) -> int:
     clock.on(minutes=1)
     claimed = beat._claim(clock.now, None)
     assert claimed is not None
-    assert claimed.firing_id is not None
-    return claimed.firing_id
+    assert claimed.firing is not None
+    return int(claimed.firing.id)
 
 
 def test_a_claim_that_lapsed_is_taken_over(
@@ -557,7 +557,8 @@ def test_the_answer_to_a_claim_is_lost(
     finally:
         event.remove(database.engine, "commit", lose_answer)
     assert claimed is not None
-    assert [row.id for row in all_firings(database)] == [claimed.firing_id]
+    assert claimed.firing is not None
+    assert [row.id for row in all_firings(database)] == [claimed.firing.id]
 
 
 # The end.
