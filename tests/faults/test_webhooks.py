@@ -99,24 +99,27 @@ def test_courier_kill9_at_every_statement_of_a_delivery(database: Database, hook
     assert points > 10
 
 
-def submit_in_child(url: str, home: str) -> None:
+def submit_in_child(url: str, home: str, store_batch: int) -> None:
     def live(connection: Connection, job_id: str) -> None:
         store.expect(connection, job_id=job_id, on_complete="https://a.example", on_failure=None)
 
-    settings = Settings.model_validate({"home": home})
-    rows = [Row(1, {"prompt": "a"}, None, None)]
+    settings = Settings.model_validate({"home": home, "store_batch": store_batch})
+    rows = [Row(line, {"prompt": "a"}, None, None) for line in (1, 2)]
     submit(Database(url), settings, rows, JobOptions(checkpoint_key="demo"), live=live)
 
 
 def test_producer_kill9_leaves_no_live_job_without_its_webhook(
     database: Database, tmp_path: Path
 ) -> None:
-    states = set()
+    """A small job, which is stored in one transaction, and one in several."""
+    states: set[tuple[str, str | None]] = set()
     found = select(Job.state, Webhook.state).outerjoin(Webhook, Webhook.job_id == Job.id)
-    for _ in kills(submit_in_child, url_of(database), str(tmp_path)):
-        settle(database)
-        with database.read() as connection:
-            states |= {tuple(row) for row in connection.execute(found)}
+    for store_batch in (2, 1):
+        for _ in kills(submit_in_child, url_of(database), str(tmp_path), store_batch):
+            settle(database)
+            with database.read() as connection:
+                states |= {(row[0], row[1]) for row in connection.execute(found)}
+        assert ("queued", "waiting") in states
     assert states == {("storing", None), ("queued", "waiting")}
 
 

@@ -87,7 +87,7 @@ def test_a_slot_becomes_a_firing_and_a_job(
 def test_the_input_is_read_afresh_at_each_firing(
     database: Database, beat: Scheduler, clock: Clock, tmp_path: Path
 ) -> None:
-    make_schedule(database, tmp_path / "{{ scheduled_for[:10] }}.jsonl")
+    make_schedule(database, tmp_path / "{{ scheduled_for | date }}.jsonl")
     clock.on(minutes=1)
     for day, rows in (("05", 3), ("06", 5)):
         write_input(tmp_path / f"2026-01-{day}.jsonl", rows)
