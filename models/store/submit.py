@@ -16,7 +16,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 
 from models.base import db_now
 from models.database import driver_errors
-from models.job import Chunk, Job, Request
+from models.job import Chunk, Job, Request, Result
 from nightherd.errors import ConflictError
 
 
@@ -138,10 +138,19 @@ def _copy_requests(connection: Connection, job_id: str, rows: Sequence[NewReques
             )
 
 
+def is_there(connection: Connection, job_id: str) -> bool:
+    return connection.execute(select(Job.id).where(Job.id == job_id)).first() is not None
+
+
+def is_storing(connection: Connection, job_id: str) -> bool:
+    """Whether a job is not live yet, or has been removed meanwhile."""
+    state = connection.execute(select(Job.state).where(Job.id == job_id)).scalar_one_or_none()
+    return state in (None, "storing")
+
+
 def finish_storing(connection: Connection, job_id: str, chunks: Sequence[ChunkRange]) -> None:
     """The last transaction: the chunks, and the job becomes `queued`, visible and claimable."""
-    state = connection.execute(select(Job.state).where(Job.id == job_id)).scalar_one_or_none()
-    if state is not None and state != "storing":
+    if not is_storing(connection, job_id):
         return  # committed before, and only the answer was lost
     _touch_storing(connection, job_id)
     connection.execute(
@@ -191,20 +200,38 @@ def remove_orphans(connection: Connection, *, idle_seconds: float, limit: int = 
 
 
 def discard_storing(connection: Connection, job_id: str, *, limit: int = 20_000) -> int:
-    """Deletes up to `limit` request rows of a job in state `storing`, then the job itself.
+    """Deletes up to `limit` rows of a job in state `storing`: results, requests, then the job.
 
-    Returns how many rows went, the job's own included: 0 when there is nothing to remove.
+    Returns how many rows went, the job's own included: 0 when there is nothing to remove. Only a
+    job that had ended, and was removed with its firing, has results, and chunks that count.
     """
     doomed = connection.execute(
         update(Job).where(Job.id == job_id, Job.state == "storing").values(finished_at=db_now())
     )
     if doomed.rowcount != 1:
         return 0
-    of_job = Request.job_id == job_id
-    rest = connection.execute(
-        select(Request.index).where(of_job).order_by(Request.index).offset(limit).limit(1)
-    ).scalar_one_or_none()
-    if rest is not None:
-        return connection.execute(delete(Request).where(of_job, Request.index < rest)).rowcount
-    gone = connection.execute(delete(Request).where(of_job)).rowcount
+    gone = 0
+    for table in (Result, Request):
+        page, is_last = _delete_page(connection, table, job_id, limit - gone)
+        gone += page
+        if not is_last:
+            return gone
+    # What is left is small: a chunk stands for many requests.
+    connection.execute(delete(Chunk).where(Chunk.job_id == job_id))
     return gone + connection.execute(delete(Job).where(Job.id == job_id)).rowcount
+
+
+def _delete_page(
+    connection: Connection, table: type[Result] | type[Request], job_id: str, limit: int
+) -> tuple[int, bool]:
+    """Deletes about `limit` rows of a job, lowest indices first; how many, and whether all went."""
+    of_job = table.job_id == job_id
+    rest = connection.execute(
+        select(table.index).where(of_job).order_by(table.index).offset(limit).limit(1)
+    ).scalar_one_or_none()
+    if rest is None:
+        return connection.execute(delete(table).where(of_job)).rowcount, True
+    gone = connection.execute(delete(table).where(of_job, table.index < rest)).rowcount
+    if not gone:  # one request with more samples than that
+        gone = connection.execute(delete(table).where(of_job, table.index == rest)).rowcount
+    return gone, False
