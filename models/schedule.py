@@ -40,7 +40,8 @@ class Schedule(Base):
     __table_args__ = (
         CheckConstraint("concurrency IN ('forbid', 'allow', 'replace')", name="concurrency"),
         CheckConstraint("misfire IN ('coalesce', 'skip', 'all')", name="misfire"),
-        Index("ix_schedules_next_at", "next_at"),
+        # The order in which beats look at them: many may be due at one instant.
+        Index("ix_schedules_next_at", "next_at", "id"),
     )
 
 

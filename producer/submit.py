@@ -289,9 +289,10 @@ def _store_whole(
     def work(connection: Connection, new: store.NewJob, repeated: bool) -> None:
         if repeated and store.is_there(connection, new.id):
             return  # committed before, and only the answer was lost
-        store.begin_storing(connection, new)
-        store.store_requests(connection, new.id, rows)
-        _go_live(connection, new.id, ranges, live)
+        store.begin_whole(connection, new, ranges)
+        if live is not None:
+            live(connection, new.id)
+        store.store_whole(connection, new.id, rows, ranges)
 
     return _with_new_id(database, options, seed, work)
 

@@ -43,7 +43,7 @@ def upgrade() -> None:
         sqlite_where=claimed,
         postgresql_where=claimed,
     )
-    op.create_index("ix_schedules_next_at", "schedules", ["next_at"], unique=False)
+    op.create_index("ix_schedules_next_at", "schedules", ["next_at", "id"], unique=False)
     op.create_table(
         "webhooks",
         sa.Column("id", sa.String(length=32), nullable=False),

@@ -130,8 +130,6 @@ _DUE = (
     .with_for_update(key_share=True, skip_locked=True)
 )
 _NEXT_DUE = _DUE.where(
-    # The first comparison is for the index, the second is the one that is meant.
-    Schedule.next_at >= bindparam("after", type_=UTCDateTime()),
     tuple_(Schedule.next_at, Schedule.id)
     > tuple_(bindparam("after", type_=UTCDateTime()), bindparam("last", type_=Integer())),
 )

@@ -19,6 +19,9 @@ from models.database import driver_errors
 from models.job import Chunk, Job, Request, Result
 from nightherd.errors import ConflictError
 
+_FEW_ROWS = 50
+"""Below, COPY is more to do than to send the rows one by one."""
+
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
@@ -58,23 +61,47 @@ class ChunkRange:
 
 def begin_storing(connection: Connection, job: NewJob) -> None:
     """Inserts the job in state `storing`; an id that is taken raises IntegrityError."""
-    connection.execute(
-        insert(Job).values(
-            id=job.id,
-            name=job.name,
-            state="storing",
-            checkpoint_key=job.checkpoint_key,
-            seed=job.seed,
-            params=job.params,
-            template=job.template,
-            priority=job.priority,
-            not_before=job.not_before,
-            deadline=job.deadline,
-            metadata_=job.metadata,
-            firing_id=job.firing_id,
-            submitted_by=job.submitted_by,
-        )
-    )
+    connection.execute(insert(Job).values(**_values(job), state="storing"))
+
+
+def _values(job: NewJob) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "name": job.name,
+        "checkpoint_key": job.checkpoint_key,
+        "seed": job.seed,
+        "params": job.params,
+        "template": job.template,
+        "priority": job.priority,
+        "not_before": job.not_before,
+        "deadline": job.deadline,
+        "metadata_": job.metadata,
+        "firing_id": job.firing_id,
+        "submitted_by": job.submitted_by,
+    }
+
+
+def begin_whole(connection: Connection, job: NewJob, chunks: Sequence[ChunkRange]) -> None:
+    """Inserts a job that is live with this very transaction; `store_whole` adds what it has."""
+    connection.execute(insert(Job).values(**_values(job), state="queued", **_totals(chunks)))
+
+
+def store_whole(
+    connection: Connection, job_id: str, rows: Sequence[NewRequest], chunks: Sequence[ChunkRange]
+) -> None:
+    """The rows and chunks of a job of `begin_whole`."""
+    if connection.dialect.name == "postgresql" and len(rows) > _FEW_ROWS:
+        _copy_requests(connection, job_id, rows)
+    else:
+        _insert_requests(connection, job_id, rows)
+    _insert_chunks(connection, job_id, chunks)
+
+
+def _totals(chunks: Sequence[ChunkRange]) -> dict[str, int]:
+    return {
+        "total_requests": sum(chunk.count for chunk in chunks),
+        "total_samples": sum(chunk.samples for chunk in chunks),
+    }
 
 
 def _touch_storing(connection: Connection, job_id: str) -> None:
@@ -102,7 +129,11 @@ def store_requests(connection: Connection, job_id: str, rows: Sequence[NewReques
         return  # this very batch was committed before, and only the answer was lost
     if connection.dialect.name == "postgresql":
         _copy_requests(connection, job_id, rows)
-        return
+    else:
+        _insert_requests(connection, job_id, rows)
+
+
+def _insert_requests(connection: Connection, job_id: str, rows: Sequence[NewRequest]) -> None:
     connection.execute(
         insert(Request),
         [
@@ -153,6 +184,15 @@ def finish_storing(connection: Connection, job_id: str, chunks: Sequence[ChunkRa
     if not is_storing(connection, job_id):
         return  # committed before, and only the answer was lost
     _touch_storing(connection, job_id)
+    _insert_chunks(connection, job_id, chunks)
+    connection.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.state == "storing")
+        .values(state="queued", created_at=db_now(), **_totals(chunks))
+    )
+
+
+def _insert_chunks(connection: Connection, job_id: str, chunks: Sequence[ChunkRange]) -> None:
     connection.execute(
         insert(Chunk),
         [
@@ -165,16 +205,6 @@ def finish_storing(connection: Connection, job_id: str, chunks: Sequence[ChunkRa
             }
             for chunk in chunks
         ],
-    )
-    connection.execute(
-        update(Job)
-        .where(Job.id == job_id, Job.state == "storing")
-        .values(
-            state="queued",
-            total_requests=sum(chunk.count for chunk in chunks),
-            total_samples=sum(chunk.samples for chunk in chunks),
-            created_at=db_now(),
-        )
     )
 
 

@@ -20,7 +20,7 @@ def run_now(name: str, as_json: bool) -> None:
     \b
     Example:
       nightherd schedule run-now summaries
-      nightherd status $(nightherd schedule run-now summaries) --wait
+      nightherd schedule run-now summaries --json | jq -r .job
     """
     from nightherd.errors import ConflictError
     from producer.schedules.by_hand import run_now as fire_now

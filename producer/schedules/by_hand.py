@@ -19,7 +19,7 @@ from models.store.schedules import ScheduleRow
 from nightherd.errors import ConflictError, NotFoundError, UsageError
 from nightherd.settings import Settings
 from producer.cron import Rule, parse_rule
-from producer.schedules.firing import Fired, fire
+from producer.schedules.firing import Claim, Fired, fire
 from producer.schedules.lease import Holder
 from producer.schedules.scheduler import database_clock, describe_open
 from producer.submit import Limits
@@ -112,7 +112,7 @@ def _fire(
     row = database.retrying(lambda connection: firings.get(connection, firing_id), reading=True)
     if row is None:
         return Fired(firing_id, lost=True)
-    return fire(database, settings, holder, row, limits)
+    return fire(database, settings, holder, Claim.of(row), limits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from models.database import Database, is_transient
 from models.store import firings, webhooks
 from models.store.firings import FiringRow
+from models.store.schedules import ScheduleRow
 from nightherd.errors import DatabaseError, InputError, NightherdError
 from nightherd.settings import Settings
 from producer.cron import parse_rule, show_utc
@@ -29,6 +30,41 @@ _MAX_REASON = 1_000
 
 
 @dataclass(frozen=True, slots=True)
+class Claim:
+    """A firing that is to be made, with what its schedule says of it."""
+
+    id: int
+    kind: str
+    scheduled_for_utc: datetime
+    name: str
+    cron: str
+    timezone: str
+    input: dict[str, Any]
+    options: dict[str, Any]
+    concurrency: str
+
+    @classmethod
+    def of(cls, row: FiringRow) -> Claim:
+        """From a row of `firings.get`."""
+        return cls(**{field.name: getattr(row, field.name) for field in fields(cls)})
+
+    @classmethod
+    def first(cls, firing_id: int, schedule: ScheduleRow, slot: datetime) -> Claim:
+        """Of a slot that was due."""
+        return cls(
+            firing_id,
+            "due",
+            slot,
+            schedule.name,
+            schedule.cron,
+            schedule.timezone,
+            schedule.input,
+            schedule.options,
+            schedule.concurrency,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Fired:
     """What became of a firing that was claimed."""
 
@@ -41,7 +77,7 @@ class Fired:
     """Another holder has it: this one's job was discarded."""
 
 
-def moment_of(row: FiringRow) -> Moment:
+def moment_of(row: Claim) -> Moment:
     """What `{{ scheduled_for }}`, `{{ firing }}` and `:previous` are."""
     rule = parse_rule(row.cron, row.timezone)
     previous = rule.previous(row.scheduled_for_utc) if "sql" in row.input else None
@@ -56,10 +92,10 @@ def fire(
     database: Database,
     settings: Settings,
     holder: Holder,
-    row: FiringRow,
+    row: Claim,
     known_limits: Limits | None = None,
 ) -> Fired:
-    """Makes the job of a firing that `holder` has claimed; `row` is of `firings.get`.
+    """Makes the job of a firing that `holder` has claimed.
 
     A bad input ends the firing as `failed`, with the reason. Raises `DatabaseError` where the
     database refuses: then the claim lapses, and any beat takes it over.
@@ -86,7 +122,7 @@ def _store(
     database: Database,
     settings: Settings,
     holder: Holder,
-    row: FiringRow,
+    row: Claim,
     progress: Any,
     known_limits: Limits | None,
 ) -> Fired:
@@ -155,7 +191,7 @@ def reason_of(error: NightherdError) -> str:
     return one_line(text, _MAX_REASON)
 
 
-def _failed(database: Database, holder: Holder, row: FiringRow, error: NightherdError) -> Fired:
+def _failed(database: Database, holder: Holder, row: Claim, error: NightherdError) -> Fired:
     reason = reason_of(error)
 
     def write(connection: Connection) -> bool:

@@ -26,7 +26,7 @@ from nightherd.log import OncePerState
 from nightherd.settings import Settings
 from producer.cron import parse_rule, show_utc
 from producer.schedules.ending import Ended, end_all
-from producer.schedules.firing import Fired, fire, tell_failure
+from producer.schedules.firing import Claim, Fired, fire, tell_failure
 from producer.schedules.lease import Holder
 from producer.slots import Plan, Policy, Skip, plan
 from producer.submit import Limits
@@ -60,7 +60,7 @@ class _Claimed:
     """What came of a look at a schedule that was due."""
 
     cursor: tuple[datetime, int]
-    firing: FiringRow | None
+    firing: Claim | None
 
 
 class Scheduler:
@@ -121,7 +121,7 @@ class Scheduler:
                 continue
             slot = show_utc(row.scheduled_for_utc)
             log.warning("%s of %s: its beat is gone, taken over", row.name, slot)
-            self._fire(row, done, limits)
+            self._fire(Claim.of(row), done, limits)
 
     def _take_one_over(self, connection: Connection) -> FiringRow | None:
         row = firings.take_over(
@@ -158,9 +158,10 @@ class Scheduler:
             if tries > 1:
                 # The first try may have been committed, and only its answer lost.
                 mine = firings.held_by(connection, self.holder.id)
-                if mine is not None:
+                row = None if mine is None else firings.get(connection, mine)
+                if row is not None:
                     first = cursor or (datetime.min.replace(tzinfo=now.tzinfo), 0)
-                    return _Claimed(first, firings.get(connection, mine))
+                    return _Claimed(first, Claim.of(row))
             schedule = schedules.lock_due(connection, now, cursor)
             return None if schedule is None else self._look_at(connection, schedule, now)
 
@@ -188,7 +189,9 @@ class Scheduler:
             self.holder.id,
             lease_seconds=self.holder.lease_seconds,
         )
-        return _Claimed(cursor, None if firing_id is None else firings.get(connection, firing_id))
+        if firing_id is None:
+            return _Claimed(cursor, None)
+        return _Claimed(cursor, Claim.first(firing_id, schedule, made.fire))
 
     def _plan(self, connection: Connection, schedule: ScheduleRow, now: datetime) -> Plan:
         rule = parse_rule(schedule.cron, schedule.timezone)
@@ -203,8 +206,8 @@ class Scheduler:
             busy = describe_open(connection, schedule.id)
         return plan(rule, policy, schedule.next_at, now, busy)
 
-    def _fire(self, row: FiringRow, done: Round, limits: Limits) -> None:
-        fired = fire(self._database, self._settings, self.holder, row, limits)
+    def _fire(self, claim: Claim, done: Round, limits: Limits) -> None:
+        fired = fire(self._database, self._settings, self.holder, claim, limits)
         done.fired.append(fired)
         if fired.checkpoint_key is not None:
             self._to_ring.add(fired.checkpoint_key)

@@ -166,9 +166,10 @@ def test_beat_kill9_at_every_statement_of_the_end(
             other.round()
         lines = (out / "rows.jsonl").read_text().splitlines()
         assert [json.loads(line)["index"] for line in lines] == list(range(ROWS)), point
-        # It succeeded, and went with its job, as nothing is to be kept.
-        assert told(opened) == [], point
-        assert jobs_by_state(opened) == {"storing": 1}, point
+        # It succeeded, and went with its job, as nothing is to be kept; or goes with the next one.
+        left = told(opened)
+        assert left in ([], ["2026-01-05T02:00Z succeeded"]), point
+        assert jobs_by_state(opened) == {"completed" if left else "storing": 1}, point
         opened.close()
         (out / "rows.jsonl").unlink()
         shutil.copy(before, copy)
