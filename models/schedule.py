@@ -40,7 +40,8 @@ class Schedule(Base):
     __table_args__ = (
         CheckConstraint("concurrency IN ('forbid', 'allow', 'replace')", name="concurrency"),
         CheckConstraint("misfire IN ('coalesce', 'skip', 'all')", name="misfire"),
-        Index("ix_schedules_next_at", "next_at"),
+        # The order in which beats look at them: many may be due at one instant.
+        Index("ix_schedules_next_at", "next_at", "id"),
     )
 
 
@@ -52,6 +53,8 @@ class Firing(Base):
     id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
     schedule_id: Mapped[int] = mapped_column(ForeignKey("schedules.id", ondelete="CASCADE"))
     scheduled_for_utc: Mapped[datetime]
+    since_utc: Mapped[datetime | None]
+    """Of a row that stands for several skipped slots: the first of them; the last is its own."""
     kind: Mapped[str] = mapped_column(String(16), default="due", server_default="due")
     """One of FIRING_KINDS."""
     state: Mapped[str] = mapped_column(String(16))
@@ -74,6 +77,13 @@ class Firing(Base):
             "schedule_id",
             "scheduled_for_utc",
             unique=True,
+        ),
+        # The few that a beat is making the job of.
+        Index(
+            "ix_firings_claimed",
+            "lease_until",
+            sqlite_where=sql("state = 'claimed'"),
+            postgresql_where=sql("state = 'claimed'"),
         ),
         # Firings that somebody must still see to.
         Index(

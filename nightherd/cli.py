@@ -39,10 +39,17 @@ COMMANDS: dict[str, dict[str, Entry]] = {
         "retry": Entry("producer.commands.control:retry", "Run a job's failed rows again."),
         "set": Entry("producer.commands.control:set_", "Change priority, deadline, not-before."),
     },
+    "Schedules": {
+        "schedule": Entry(
+            "producer.commands.schedule:schedule", "Submit jobs by the clock, each slot once."
+        ),
+    },
     "Processes": {
         "worker": Entry("worker.commands.worker:worker", "Serve a checkpoint: claim and generate."),
         "workers": Entry("producer.commands.workers:workers", "List live workers."),
-        "beat": Entry("producer.commands.beat:beat", "Run the housekeeping tick."),
+        "beat": Entry(
+            "producer.commands.beat:beat", "Fire schedules and run the housekeeping tick."
+        ),
         "doctor": Entry("worker.commands.doctor:doctor", "Check whether a job could run."),
         "bench": Entry("worker.commands.bench:bench", "Measure a checkpoint's speed here."),
     },

@@ -7,6 +7,7 @@ not be silently without effect.
 
 from __future__ import annotations
 
+import base64
 import difflib
 import os
 import re
@@ -60,13 +61,24 @@ class Settings(BaseModel):
         "by default a server that nightherd starts itself in the data folder.",
     )
     lease_seconds: float = Field(
-        default=45.0, gt=0, description="How long a worker's right to its chunks lasts unrenewed."
+        default=45.0,
+        gt=0,
+        description="How long a worker's right to its chunks, or a beat's to a firing, lasts "
+        "unrenewed.",
     )
     renew_seconds: float = Field(
-        default=10.0, gt=0, description="How often a worker renews its lease."
+        default=10.0, gt=0, description="How often a worker, or a beat, renews its lease."
     )
     tick_seconds: float = Field(
         default=10.0, gt=0, description="How often workers and beat do the housekeeping."
+    )
+    schedule_seconds: float = Field(
+        default=1.0, gt=0, description="How often beat looks for schedules that are due."
+    )
+    misfire_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        description="How late a slot of a schedule with `--misfire skip` may be and still fire.",
     )
     watch_seconds: float = Field(
         default=1.0, gt=0, description="How often a worker asks which of its chunks are wanted."
@@ -134,6 +146,30 @@ class Settings(BaseModel):
         ge=1,
         description="Seconds after which Redis hands an unacknowledged wake-up out again.",
     )
+    webhook_secret: SecretStr | None = Field(
+        default=None,
+        description="What webhooks are signed with: `whsec_` and base64, or any text. Needed where "
+        "one is asked for, and where beats and workers run; `openssl rand -base64 32` makes one.",
+    )
+    webhook_allow_private: bool = Field(
+        default=False,
+        description="Webhooks may go to private addresses, this machine's own among them.",
+    )
+    webhook_timeout: float = Field(
+        default=10.0,
+        gt=0,
+        le=300,
+        description="How long one attempt at a webhook may take in all, in seconds.",
+    )
+    webhook_attempts: int = Field(
+        default=10,
+        ge=1,
+        le=10,
+        description="Attempts at a webhook; ten are spread over 76 hours.",
+    )
+    webhook_poll_seconds: float = Field(
+        default=5.0, gt=0, description="How often beats and workers look for webhooks to send."
+    )
     log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR.")
 
     @field_validator("kv_memory", mode="before")
@@ -166,6 +202,22 @@ class Settings(BaseModel):
                 "must be redis://:password@host:6379/0, rediss://… or redis+socket:///path, "
                 "with %XX for special characters"
             )
+        return value
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _usable_secret(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        secret = value.get_secret_value()
+        size = len(secret.encode())
+        if secret.startswith("whsec_"):
+            try:
+                size = len(base64.b64decode(secret.removeprefix("whsec_"), validate=True))
+            except ValueError:
+                raise ValueError("must be base64 after whsec_") from None
+        if size < 16:
+            raise ValueError("must have at least 16 bytes; openssl rand -base64 32 makes one")
         return value
 
     @field_validator("home", "cache")
@@ -291,7 +343,7 @@ def load_settings() -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])
-        secret = name in ("database_url", "broker_url")
+        secret = name in ("database_url", "broker_url", "webhook_secret")
         given = "" if secret else f" (got {first.get('input')!r})"
         raise SettingsError(
             f"setting {_variable(name)} in {origin.get(name, 'the defaults')} is invalid: "

@@ -67,7 +67,10 @@ def read_settings() -> tuple[Settings | None, list[Finding]]:
 
 
 def _shown(value: object) -> str:
-    return redact_url(value.get_secret_value()) if isinstance(value, SecretStr) else str(value)
+    if not isinstance(value, SecretStr):
+        return str(value)
+    secret = value.get_secret_value()
+    return redact_url(secret) if "://" in secret else "***"
 
 
 def _environment() -> list[Finding]:

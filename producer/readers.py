@@ -10,7 +10,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any, BinaryIO, Literal
 
@@ -29,6 +29,8 @@ _EXTENSIONS: dict[str, Format] = {
     ".json": "jsonl",
     ".txt": "text",
 }
+_LINES = 1 << 40
+"""More than a file has."""
 _BOM = b"\xef\xbb\xbf"
 _FOREIGN = (
     (b"\xff\xfe", "UTF-16: iconv -f UTF-16 -t UTF-8 converts it"),
@@ -48,6 +50,8 @@ class Row:
     body: dict[str, Any]
     params: dict[str, Any] | None
     custom_id: str | None
+    place: str = "line"
+    """What `line` counts, for messages: `line`, `row`, or `a.jsonl line` of several files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +60,10 @@ class RowProblem:
 
     line: int
     message: str
+    place: str = "line"
 
     def __str__(self) -> str:
-        return f"line {self.line}: {self.message}"
+        return f"{self.place} {self.line}: {self.message}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +78,15 @@ class ReadOptions:
     keep: frozenset[str] = frozenset()
     ignore_unknown: bool = False
     builder: RowBuilder | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of several inputs that are read as one: it may be empty, and custom_ids are shared."""
+
+    place: str
+    """As of a `Row`."""
+    ids: CustomIds
 
 
 def open_input(path: str | os.PathLike[str]) -> BinaryIO:
@@ -108,18 +122,28 @@ class Reader:
 
     `file` is read from where it stands and is not closed; `name` stands for it in messages, and
     its extension tells the format. Raises `InputError` for an input without rows and where reading
-    fails.
+    fails. `part` makes it one of several inputs that are read as one.
     """
 
-    def __init__(self, file: BinaryIO, name: str, options: ReadOptions | None = None) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        name: str,
+        options: ReadOptions | None = None,
+        *,
+        part: Part | None = None,
+    ) -> None:
         options = options or ReadOptions()
         self.name = name
         self._file = file
+        self._part = part
+        self._place = "line" if part is None else part.place
         self._format = options.format
         self._maker = RowMaker(options.keep, options.ignore_unknown, options.builder)
         # A row that is nothing but its prompt needs no checks where nothing is made of it.
         self._plain = options.builder is None and "prompt" not in options.keep
-        self._ids = _CustomIds()
+        self._ids = CustomIds() if part is None else part.ids
+        self._ids.begin(self._place)
 
     @property
     def models(self) -> set[str]:
@@ -133,12 +157,21 @@ class Reader:
 
     def __iter__(self) -> Iterator[Row | RowProblem]:
         try:
-            yield from self._read()
+            yield from self._read() if self._place == "line" else self._placed()
         except OSError as error:
             reason = error.strerror or error
             raise InputError(one_line(f"{self.name} cannot be read further: {reason}")) from None
         finally:
-            self._ids.close()
+            if self._part is None:
+                self._ids.close()
+
+    def _placed(self) -> Iterator[Row | RowProblem]:
+        for row in self._read():
+            if isinstance(row, RowProblem):
+                yield replace(row, place=self._place)
+            else:
+                row.place = self._place
+                yield row
 
     def _read(self) -> Iterator[Row | RowProblem]:
         is_text: bool | None = None
@@ -173,7 +206,7 @@ class Reader:
             else:
                 yield row
             hint = ""
-        if empty:
+        if empty and self._part is None:
             raise InputError(one_line(f"{self.name} is empty: it has no line with a prompt"))
 
     def _is_text(self, first: str) -> tuple[bool, str]:
@@ -247,26 +280,36 @@ class Reader:
         earlier = self._ids.add(value, line)
         if earlier is not None:
             shown = one_line(value, 80)
-            raise BadRowError(f"custom_id '{shown}' was already used on line {earlier}")
+            raise BadRowError(f"custom_id '{shown}' was already used on {earlier}")
         return value
 
 
-class _CustomIds:
-    """The custom_ids of an input, in a temporary database on disk: ten million fit no budget."""
+class CustomIds:
+    """The custom_ids of an input, in a temporary database on disk: ten million fit no budget.
+
+    Of an input of several files it knows in which one a line is.
+    """
 
     def __init__(self) -> None:
         self._db: sqlite3.Connection | None = None
+        self._places: list[str] = []
 
-    def add(self, custom_id: str, line: int) -> int | None:
-        """Notes the id; returns the line that had it before, if one had."""
+    def begin(self, place: str) -> None:
+        """The lines that follow are of this file; `place` as of a `Row`."""
+        self._places.append(place)
+
+    def add(self, custom_id: str, line: int) -> str | None:
+        """Notes the id; returns where it was before (`line 3`), if it was."""
+        number = (len(self._places) - 1) * _LINES + line
         try:
             if self._db is None:
                 self._db = self._create()
             try:
-                self._db.execute("INSERT INTO ids VALUES (?, ?)", (custom_id, line))
+                self._db.execute("INSERT INTO ids VALUES (?, ?)", (custom_id, number))
             except sqlite3.IntegrityError:
                 query = "SELECT line FROM ids WHERE id = ?"
-                return int(self._db.execute(query, (custom_id,)).fetchone()[0])
+                file, line = divmod(self._db.execute(query, (custom_id,)).fetchone()[0], _LINES)
+                return f"{self._places[file]} {line}"
         except sqlite3.Error as error:
             raise NightherdError(
                 f"custom_ids cannot be compared in a temporary file: {error} "

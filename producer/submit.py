@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import secrets
@@ -14,6 +15,7 @@ from datetime import datetime
 from itertools import islice
 from typing import IO, Any
 
+from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from models.base import new_id
@@ -34,6 +36,8 @@ SHOWN_PROBLEMS = 20
 _SPOOL_IN_MEMORY = 16 * 2**20
 _CHECKED_AT_ONCE = 128
 """Rows, which are tokenised together where they may be too long."""
+_SMALL_JOB = 1_000
+"""Rows that are stored in the last transaction itself."""
 _ID_ATTEMPTS = 5
 _DISCARD_SECONDS = 5.0
 _SQLITE_TURN_SECONDS = 0.12
@@ -42,6 +46,10 @@ _SMALLEST_CHUNK, _LARGEST_CHUNK, _CHUNKS_OF_SMALL_JOB = 16, 256, 8
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a phase ("checking", "storing"), rows so far, and their number where known."""
+Live = Callable[[Connection, str], None]
+"""Called with a job's id in the transaction that makes it live; what it raises undoes that."""
+Limits = dict[str, CheckpointLimits | None]
+"""By checkpoint key: for who submits many jobs at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +109,8 @@ def submit(
     *,
     source: str = "the input",
     progress: Progress | None = None,
+    live: Live | None = None,
+    known_limits: Limits | None = None,
 ) -> SubmittedJob:
     """Checks every row, then stores the job and makes it `queued`.
 
@@ -110,11 +120,11 @@ def submit(
     """
     report = progress or (lambda phase, count, total: None)
     _check_options(options)
-    limits = _limits(database, settings, options)
+    limits = _limits(database, settings, options, {} if known_limits is None else known_limits)
     spool = _Spool()
     try:
         _check(rows, options, limits, spool, source, report)
-        return _store(database, settings, spool, options, report)
+        return _store(database, settings, spool, options, report, live)
     finally:
         spool.close()
 
@@ -135,11 +145,17 @@ def _check_options(options: JobOptions) -> None:
                 raise UsageError(f"the job's {name} holds {reason}")
 
 
-def _limits(database: Database, settings: Settings, options: JobOptions) -> CheckpointLimits | None:
+def _limits(
+    database: Database, settings: Settings, options: JobOptions, known: Limits
+) -> CheckpointLimits | None:
     """What the job's checkpoint can take, where that is known here."""
     key = options.checkpoint_key
-    serving = database.retrying(lambda connection: serving_workers(connection, key), reading=True)
-    limits = limits_at_hand(key, settings.home, serving)
+    if key not in known:
+        serving = database.retrying(
+            lambda connection: serving_workers(connection, key), reading=True
+        )
+        known[key] = limits_at_hand(key, settings.home, serving)
+    limits = known[key]
     if limits is not None:
         limits.check_params(options.params)
     return limits
@@ -178,7 +194,7 @@ def _check(
         if isinstance(row, RowProblem):
             bad += 1
             if len(problems) < SHOWN_PROBLEMS:
-                problems.append(f"line {row.line}: {row.message}")
+                problems.append(str(row))
         elif not bad:
             spool.add(row, params.n)
         report("checking", len(spool.samples) + bad, None)
@@ -210,21 +226,31 @@ def _checked(
                     if limits is not None:
                         limits.check_params(row.params)
                 except ParameterError as error:
-                    block[place] = RowProblem(row.line, str(error))
+                    block[place] = RowProblem(row.line, str(error), row.place)
         if limits is not None:
             good = [(i, row) for i, row in enumerate(block) if isinstance(row, Row)]
             found = limits.problems([(row.body, params[i]) for i, row in good])
             for (i, row), problem in zip(good, found, strict=True):
                 if problem is not None:
-                    block[i] = RowProblem(row.line, problem)
+                    block[i] = RowProblem(row.line, problem, row.place)
         yield from zip(block, params, strict=True)
 
 
 def _store(
-    database: Database, settings: Settings, spool: _Spool, options: JobOptions, report: Progress
+    database: Database,
+    settings: Settings,
+    spool: _Spool,
+    options: JobOptions,
+    report: Progress,
+    live: Live | None,
 ) -> SubmittedJob:
     seed = options.seed if options.seed is not None else secrets.randbits(63)
     total = len(spool.samples)
+    ranges = list(_chunk_ranges(spool.samples, settings.chunk_size or chunk_size(total)))
+    if total <= min(_SMALL_JOB, settings.store_batch):
+        job_id = _store_whole(database, options, seed, list(spool), ranges, live)
+        report("storing", total, total)
+        return SubmittedJob(job_id, seed, total, sum(spool.samples))
     job_id = _begin(database, options, seed)
     try:
         batch: list[store.NewRequest] = []
@@ -243,12 +269,40 @@ def _store(
                 report("storing", stored, total)
                 if stored < total:
                     _let_others_write(database, time.monotonic() - began)
-        ranges = list(_chunk_ranges(spool.samples, settings.chunk_size or chunk_size(total)))
-        database.retrying(lambda connection: store.finish_storing(connection, job_id, ranges))
+        database.retrying(lambda connection: _go_live(connection, job_id, ranges, live))
     except BaseException:
         _discard(database, job_id)
         raise
     return SubmittedJob(job_id, seed, total, sum(spool.samples))
+
+
+def _store_whole(
+    database: Database,
+    options: JobOptions,
+    seed: int,
+    rows: list[store.NewRequest],
+    ranges: list[store.ChunkRange],
+    live: Live | None,
+) -> str:
+    """All of a small job in one transaction: ten thousand schedules may be due at once."""
+
+    def work(connection: Connection, new: store.NewJob, repeated: bool) -> None:
+        if repeated and store.is_there(connection, new.id):
+            return  # committed before, and only the answer was lost
+        store.begin_whole(connection, new, ranges)
+        if live is not None:
+            live(connection, new.id)
+        store.store_whole(connection, new.id, rows, ranges)
+
+    return _with_new_id(database, options, seed, work)
+
+
+def _go_live(
+    connection: Connection, job_id: str, ranges: list[store.ChunkRange], live: Live | None
+) -> None:
+    if live is not None and store.is_storing(connection, job_id):
+        live(connection, job_id)
+    store.finish_storing(connection, job_id, ranges)
 
 
 def _let_others_write(database: Database, held_seconds: float) -> None:
@@ -262,32 +316,54 @@ def _let_others_write(database: Database, held_seconds: float) -> None:
 
 
 def _begin(database: Database, options: JobOptions, seed: int) -> str:
+    # Where the first commit took place and only its answer was lost, the empty job is left to
+    # housekeeping.
+    return _with_new_id(
+        database, options, seed, lambda connection, new, _: store.begin_storing(connection, new)
+    )
+
+
+def _with_new_id(
+    database: Database,
+    options: JobOptions,
+    seed: int,
+    work: Callable[[Connection, store.NewJob, bool], None],
+) -> str:
+    """Runs `work` in a transaction, with a new job and whether it ran before; the job's id.
+
+    Again with another id where another submit drew this one in the same millisecond.
+    """
     attempts = 0
     while True:
         attempts += 1
-        new = store.NewJob(
-            id=new_id(),
-            checkpoint_key=options.checkpoint_key,
-            seed=seed,
-            params=dict(options.params),
-            name=options.name,
-            template=options.template,
-            priority=options.priority,
-            not_before=options.not_before,
-            deadline=options.deadline,
-            metadata=options.metadata,
-            firing_id=options.firing_id,
-            submitted_by=options.submitted_by,
-        )
+        new = _new_job(options, seed)
+        runs = itertools.count()
         try:
-            database.retrying(lambda connection, new=new: store.begin_storing(connection, new))  # type: ignore[misc]
+            database.retrying(
+                lambda connection, new=new, runs=runs: work(connection, new, next(runs) > 0)  # type: ignore[misc]
+            )
         except IntegrityError:
-            # Another submit drew this id in the same millisecond; or this one's first commit took
-            # place and only its answer was lost, then the empty job is left to housekeeping.
             if attempts == _ID_ATTEMPTS:
                 raise
         else:
             return new.id
+
+
+def _new_job(options: JobOptions, seed: int) -> store.NewJob:
+    return store.NewJob(
+        id=new_id(),
+        checkpoint_key=options.checkpoint_key,
+        seed=seed,
+        params=dict(options.params),
+        name=options.name,
+        template=options.template,
+        priority=options.priority,
+        not_before=options.not_before,
+        deadline=options.deadline,
+        metadata=options.metadata,
+        firing_id=options.firing_id,
+        submitted_by=options.submitted_by,
+    )
 
 
 def _discard(database: Database, job_id: str) -> None:

@@ -2,6 +2,7 @@
 
 `--template`, `--system` and the tasks are all compiled here. A template sees the row's columns by
 their names, and the whole row as `row` for names that are no identifiers: `{{ row['my column'] }}`.
+A firing's `scheduled_for` and `firing` are variables beside them; a column of such a name wins.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -95,6 +97,8 @@ def _printed(context: Context, value: object) -> object:
         raise BadRowError(f"a value is null{which}; {{{{ … or '' }}}} writes nothing for it")
     if isinstance(value, str | jinja2.Undefined):
         return value
+    if isinstance(value, datetime):
+        return value.isoformat(timespec="seconds")
     kind = type(value).__name__
     if callable(value):
         raise BadRowError(f"a {kind} is no text; a key of that name is reached by ['name']")
@@ -104,6 +108,30 @@ def _printed(context: Context, value: object) -> object:
 def _tojson(value: object, indent: int | None = None) -> str:
     # Jinja's own escapes <, >, & and ' for HTML pages. `str` makes an undefined value complain.
     return json.dumps(value, ensure_ascii=False, indent=indent, default=str)
+
+
+def _time(value: object, filter_: str) -> datetime:
+    if isinstance(value, datetime):
+        return value
+    if isinstance(value, jinja2.Undefined):
+        str(value)  # complains of the missing column
+    raise BadRowError(f"| {filter_} is for times, as {{{{ scheduled_for }}}} is one")
+
+
+def _date(value: object, form: str = "%Y-%m-%d") -> str:
+    """`{{ scheduled_for | date }}`, or in any form that strftime knows."""
+    return _time(value, "date").strftime(form)
+
+
+def _days(value: object, count: int) -> datetime:
+    """The same time of day so many days later, also where a day has 23 or 25 hours."""
+    return _time(value, "days") + timedelta(days=count)
+
+
+def _hours(value: object, count: float) -> datetime:
+    """So many hours later, as a stop watch counts them."""
+    time = _time(value, "hours")
+    return (time.astimezone(UTC) + timedelta(hours=count)).astimezone(time.tzinfo)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -133,7 +161,7 @@ def _environment() -> _Sandbox:
     sandbox = _Sandbox(
         undefined=_Missing, autoescape=False, keep_trailing_newline=True, finalize=_printed
     )
-    sandbox.filters["tojson"] = _tojson
+    sandbox.filters |= {"tojson": _tojson, "date": _date, "days": _days, "hours": _hours}
     # They would hide that a column of their name is missing, and no prompt needs them.
     for name in ("lipsum", "cycler", "joiner", "dict"):
         del sandbox.globals[name]
@@ -144,18 +172,24 @@ _SANDBOX = _environment()
 
 
 class Template:
-    """A compiled template; `names` are the columns that it can use."""
+    """A compiled template; `names` are the columns and variables that it can use."""
 
-    __slots__ = ("_compiled", "_constant", "_uses_row", "names", "text", "what")
+    __slots__ = ("_compiled", "_constant", "_uses_row", "_variables", "names", "text", "what")
 
     def __init__(
-        self, text: str, what: str, compiled: jinja2.Template, names: frozenset[str]
+        self,
+        text: str,
+        what: str,
+        compiled: jinja2.Template,
+        names: frozenset[str],
+        variables: Mapping[str, Any],
     ) -> None:
         self.text = text
         self.what = what
         self.names = names
         self._compiled = compiled
         self._uses_row = "row" in names
+        self._variables = {name: value for name, value in variables.items() if name in names}
         self._constant: str | None = None
         if not any(mark in text for mark in ("{{", "{%", "{#")):
             self._constant = self._run({})
@@ -165,6 +199,8 @@ class Template:
         if self._constant is not None:
             return self._constant
         values = {"row": columns, **columns} if self._uses_row else columns
+        if self._variables:
+            values = {**self._variables, **values}
         try:
             text = self._run(values)
         except BadRowError as error:
@@ -195,10 +231,11 @@ class Template:
         return "".join(pieces)
 
 
-def compile_template(text: str, what: str) -> Template:
+def compile_template(text: str, what: str, variables: Mapping[str, Any] | None = None) -> Template:
     """Compiles `text`; `what` names the option it came from.
 
-    Raises `UsageError` with the option and the line of a syntax error.
+    `variables` stand beside the columns of every row; a column of the same name wins. Raises
+    `UsageError` with the option and the line of a syntax error.
     """
     reason = unstorable(text)
     if reason:
@@ -214,7 +251,7 @@ def compile_template(text: str, what: str) -> Template:
     except (MemoryError, OverflowError, RecursionError, SyntaxError, ValueError) as error:
         # Python's own compiler has limits too, such as the depth of nested blocks.
         raise UsageError(one_line(f"{what} cannot be compiled: {error}")) from None
-    return Template(text, what, compiled, frozenset(names))
+    return Template(text, what, compiled, frozenset(names), variables or {})
 
 
 def _structured(params: Mapping[str, Any]) -> bool:

@@ -81,7 +81,7 @@ def settings_page() -> str:
     for name, field in Settings.model_fields.items():
         cells = (
             f"`{PREFIX}{name.upper()}`",
-            _type(field),
+            "text" if name.endswith("_secret") else _type(field),
             _default(name, field),
             (field.description or "").replace("|", "\\|"),
         )
@@ -124,6 +124,8 @@ def _default(name: str, field: FieldInfo) -> str:
         return f"`{_FOLDERS[name]}`"
     if field.default is None:
         return "–"
+    if isinstance(field.default, bool):
+        return f"`{str(field.default).lower()}`"
     return f"`{field.default:g}`" if isinstance(field.default, float) else f"`{field.default}`"
 
 

@@ -30,6 +30,7 @@ from nightherd.text import TextProcessor
 from producer.database import open_database
 from producer.dispatch import Dispatcher
 from producer.housekeeping import Housekeeper
+from producer.webhooks import Courier
 from worker.consumer import Consumer
 from worker.engine.interface import Engine
 from worker.inflight import ChunkRun, InFlight
@@ -196,6 +197,7 @@ class _Worker:
             on_broken=self._break,
             on_job_ended=stop.ask,
         )
+        self._courier = Courier(database, settings)
         self._writer: Writer | None = None
         self._consumer: Consumer | None = None
         self._broken: str | None = None
@@ -213,6 +215,7 @@ class _Worker:
         self._lease.start()
         for target, name in ((self._watch_the_end, "drain"), (self._housekeep, "housekeeping")):
             threading.Thread(target=target, name=name, daemon=True).start()
+        self._courier.start()
         try:
             with self._stop.interrupting():
                 loaded = load(self._options, self._settings)
@@ -221,6 +224,9 @@ class _Worker:
             log.info("told to stop while loading")
         finally:
             self._leave()
+        if self._options.only_job is not None:
+            # There may be no other process that tells of its end.
+            self._courier.finish(self._options.only_job)
         if self._broken is not None:
             raise NightherdError(f"the worker cannot go on: {self._broken}; start it again")
 
@@ -274,6 +280,8 @@ class _Worker:
         self._inflight.forget(run)
         for job_id in completed:
             log.info("job %s is completed", job_id)
+        if completed:
+            self._courier.nudge()
         if self._options.only_job in completed:
             self._stop.ask()
 
@@ -284,6 +292,7 @@ class _Worker:
         self._stop.wait()
         started = time.monotonic()
         log.info("worker %s drains", self._identity.id)
+        self._courier.stop()
         self._inflight.close()
         if self._consumer is not None:
             self._consumer.stop()

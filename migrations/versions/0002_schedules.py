@@ -20,6 +20,7 @@ def upgrade() -> None:
     # Plain ALTERs, which SQLite knows too: a copy of the table would empty `jobs.firing_id`.
     kind = sa.Column("kind", sa.String(length=16), nullable=False, server_default="due")
     op.add_column("firings", kind)
+    op.add_column("firings", sa.Column("since_utc", TIME, nullable=True))
     op.add_column("firings", sa.Column("output", sa.Text(), nullable=True))
     op.add_column(
         "firings", sa.Column("attempts", sa.Integer(), nullable=False, server_default="0")
@@ -33,7 +34,16 @@ def upgrade() -> None:
         sqlite_where=open_firings,
         postgresql_where=open_firings,
     )
-    op.create_index("ix_schedules_next_at", "schedules", ["next_at"], unique=False)
+    claimed = sa.text("state = 'claimed'")
+    op.create_index(
+        "ix_firings_claimed",
+        "firings",
+        ["lease_until"],
+        unique=False,
+        sqlite_where=claimed,
+        postgresql_where=claimed,
+    )
+    op.create_index("ix_schedules_next_at", "schedules", ["next_at", "id"], unique=False)
     op.create_table(
         "webhooks",
         sa.Column("id", sa.String(length=32), nullable=False),
@@ -83,6 +93,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_table("webhooks")
     op.drop_index("ix_schedules_next_at", table_name="schedules")
+    op.drop_index("ix_firings_claimed", table_name="firings")
     op.drop_index("ix_firings_open", table_name="firings")
-    for column in ("attempts", "output", "kind"):
+    for column in ("attempts", "output", "since_utc", "kind"):
         op.drop_column("firings", column)

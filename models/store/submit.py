@@ -16,8 +16,11 @@ from sqlalchemy import Connection, delete, insert, select, update
 
 from models.base import db_now
 from models.database import driver_errors
-from models.job import Chunk, Job, Request
+from models.job import Chunk, Job, Request, Result
 from nightherd.errors import ConflictError
+
+_FEW_ROWS = 50
+"""Below, COPY is more to do than to send the rows one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +61,47 @@ class ChunkRange:
 
 def begin_storing(connection: Connection, job: NewJob) -> None:
     """Inserts the job in state `storing`; an id that is taken raises IntegrityError."""
-    connection.execute(
-        insert(Job).values(
-            id=job.id,
-            name=job.name,
-            state="storing",
-            checkpoint_key=job.checkpoint_key,
-            seed=job.seed,
-            params=job.params,
-            template=job.template,
-            priority=job.priority,
-            not_before=job.not_before,
-            deadline=job.deadline,
-            metadata_=job.metadata,
-            firing_id=job.firing_id,
-            submitted_by=job.submitted_by,
-        )
-    )
+    connection.execute(insert(Job).values(**_values(job), state="storing"))
+
+
+def _values(job: NewJob) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "name": job.name,
+        "checkpoint_key": job.checkpoint_key,
+        "seed": job.seed,
+        "params": job.params,
+        "template": job.template,
+        "priority": job.priority,
+        "not_before": job.not_before,
+        "deadline": job.deadline,
+        "metadata_": job.metadata,
+        "firing_id": job.firing_id,
+        "submitted_by": job.submitted_by,
+    }
+
+
+def begin_whole(connection: Connection, job: NewJob, chunks: Sequence[ChunkRange]) -> None:
+    """Inserts a job that is live with this very transaction; `store_whole` adds what it has."""
+    connection.execute(insert(Job).values(**_values(job), state="queued", **_totals(chunks)))
+
+
+def store_whole(
+    connection: Connection, job_id: str, rows: Sequence[NewRequest], chunks: Sequence[ChunkRange]
+) -> None:
+    """The rows and chunks of a job of `begin_whole`."""
+    if connection.dialect.name == "postgresql" and len(rows) > _FEW_ROWS:
+        _copy_requests(connection, job_id, rows)
+    else:
+        _insert_requests(connection, job_id, rows)
+    _insert_chunks(connection, job_id, chunks)
+
+
+def _totals(chunks: Sequence[ChunkRange]) -> dict[str, int]:
+    return {
+        "total_requests": sum(chunk.count for chunk in chunks),
+        "total_samples": sum(chunk.samples for chunk in chunks),
+    }
 
 
 def _touch_storing(connection: Connection, job_id: str) -> None:
@@ -102,7 +129,11 @@ def store_requests(connection: Connection, job_id: str, rows: Sequence[NewReques
         return  # this very batch was committed before, and only the answer was lost
     if connection.dialect.name == "postgresql":
         _copy_requests(connection, job_id, rows)
-        return
+    else:
+        _insert_requests(connection, job_id, rows)
+
+
+def _insert_requests(connection: Connection, job_id: str, rows: Sequence[NewRequest]) -> None:
     connection.execute(
         insert(Request),
         [
@@ -138,12 +169,30 @@ def _copy_requests(connection: Connection, job_id: str, rows: Sequence[NewReques
             )
 
 
+def is_there(connection: Connection, job_id: str) -> bool:
+    return connection.execute(select(Job.id).where(Job.id == job_id)).first() is not None
+
+
+def is_storing(connection: Connection, job_id: str) -> bool:
+    """Whether a job is not live yet, or has been removed meanwhile."""
+    state = connection.execute(select(Job.state).where(Job.id == job_id)).scalar_one_or_none()
+    return state in (None, "storing")
+
+
 def finish_storing(connection: Connection, job_id: str, chunks: Sequence[ChunkRange]) -> None:
     """The last transaction: the chunks, and the job becomes `queued`, visible and claimable."""
-    state = connection.execute(select(Job.state).where(Job.id == job_id)).scalar_one_or_none()
-    if state is not None and state != "storing":
+    if not is_storing(connection, job_id):
         return  # committed before, and only the answer was lost
     _touch_storing(connection, job_id)
+    _insert_chunks(connection, job_id, chunks)
+    connection.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.state == "storing")
+        .values(state="queued", created_at=db_now(), **_totals(chunks))
+    )
+
+
+def _insert_chunks(connection: Connection, job_id: str, chunks: Sequence[ChunkRange]) -> None:
     connection.execute(
         insert(Chunk),
         [
@@ -156,16 +205,6 @@ def finish_storing(connection: Connection, job_id: str, chunks: Sequence[ChunkRa
             }
             for chunk in chunks
         ],
-    )
-    connection.execute(
-        update(Job)
-        .where(Job.id == job_id, Job.state == "storing")
-        .values(
-            state="queued",
-            total_requests=sum(chunk.count for chunk in chunks),
-            total_samples=sum(chunk.samples for chunk in chunks),
-            created_at=db_now(),
-        )
     )
 
 
@@ -191,20 +230,38 @@ def remove_orphans(connection: Connection, *, idle_seconds: float, limit: int = 
 
 
 def discard_storing(connection: Connection, job_id: str, *, limit: int = 20_000) -> int:
-    """Deletes up to `limit` request rows of a job in state `storing`, then the job itself.
+    """Deletes up to `limit` rows of a job in state `storing`: results, requests, then the job.
 
-    Returns how many rows went, the job's own included: 0 when there is nothing to remove.
+    Returns how many rows went, the job's own included: 0 when there is nothing to remove. Only a
+    job that had ended, and was removed with its firing, has results, and chunks that count.
     """
     doomed = connection.execute(
         update(Job).where(Job.id == job_id, Job.state == "storing").values(finished_at=db_now())
     )
     if doomed.rowcount != 1:
         return 0
-    of_job = Request.job_id == job_id
-    rest = connection.execute(
-        select(Request.index).where(of_job).order_by(Request.index).offset(limit).limit(1)
-    ).scalar_one_or_none()
-    if rest is not None:
-        return connection.execute(delete(Request).where(of_job, Request.index < rest)).rowcount
-    gone = connection.execute(delete(Request).where(of_job)).rowcount
+    gone = 0
+    for table in (Result, Request):
+        page, is_last = _delete_page(connection, table, job_id, limit - gone)
+        gone += page
+        if not is_last:
+            return gone
+    # What is left is small: a chunk stands for many requests.
+    connection.execute(delete(Chunk).where(Chunk.job_id == job_id))
     return gone + connection.execute(delete(Job).where(Job.id == job_id)).rowcount
+
+
+def _delete_page(
+    connection: Connection, table: type[Result] | type[Request], job_id: str, limit: int
+) -> tuple[int, bool]:
+    """Deletes about `limit` rows of a job, lowest indices first; how many, and whether all went."""
+    of_job = table.job_id == job_id
+    rest = connection.execute(
+        select(table.index).where(of_job).order_by(table.index).offset(limit).limit(1)
+    ).scalar_one_or_none()
+    if rest is None:
+        return connection.execute(delete(table).where(of_job)).rowcount, True
+    gone = connection.execute(delete(table).where(of_job, table.index < rest)).rowcount
+    if not gone:  # one request with more samples than that
+        gone = connection.execute(delete(table).where(of_job, table.index == rest)).rowcount
+    return gone, False

@@ -1,4 +1,4 @@
-"""`nightherd beat`: the housekeeping tick in a process of its own."""
+"""`nightherd beat`: schedules fire, and the housekeeping tick, in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,18 +6,32 @@ import contextlib
 import logging
 import signal
 import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import click
 
+if TYPE_CHECKING:
+    from models.database import Database
+    from nightherd.settings import Settings
+    from producer.dispatch import Dispatcher
+
 log = logging.getLogger("nightherd.beat")
+
+_SCHEDULERS = 2
+"""Threads that fire: while one stores a large input, the other goes on."""
+_GOODBYE_SECONDS = 5.0
+_LAST_WORDS_SECONDS = 1.0
+"""How long the attempt at a webhook that is under way is waited for."""
 
 
 @click.command()
 def beat() -> None:
-    """Run the housekeeping tick until told to stop (SIGTERM, Ctrl-C).
+    """Fire schedules and run the housekeeping tick until told to stop (SIGTERM, Ctrl-C).
 
-    Returns the chunks of dead workers, rings again for queued work, completes and expires jobs.
-    Workers tick too; a beat keeps going when none is up. Any number may run; none leads.
+    Fires what is due, writes the outputs of what has ended, sends webhooks. Returns the chunks of
+    dead workers, rings again for queued work, completes and expires jobs. Workers tick too; only a
+    beat fires. Any number may run; none leads.
 
     \b
     Example:
@@ -30,10 +44,12 @@ def beat() -> None:
     from producer.database import open_database
     from producer.dispatch import Dispatcher
     from producer.housekeeping import Housekeeper
+    from producer.webhooks import Courier
 
     settings = load_settings()
     configure_logging(settings.log_level)
-    database = open_database(settings)
+    # One for the tick, one for the courier, and for each scheduler one and one for its lease.
+    database = open_database(settings, pool_size=2 + 2 * _SCHEDULERS)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
@@ -44,7 +60,11 @@ def beat() -> None:
             broker = stack.enter_context(EmbeddedBroker(settings.home).use())
         dispatcher = Dispatcher(database, settings, broker_url(settings))
         housekeeper = Housekeeper(database, dispatcher, settings)
+        courier = Courier(database, settings)
+        courier.start()
+        stack.callback(courier.stop, _LAST_WORDS_SECONDS)
         log.info("beat started, one tick every %g s", settings.tick_seconds)
+        threads = _start_schedulers(database, settings, dispatcher, stop)
         while not stop.is_set():
             try:
                 if broker is not None and broker.ensure():
@@ -59,5 +79,40 @@ def beat() -> None:
             else:
                 database_down.end("the database answers again")
             stop.wait(settings.tick_seconds)
+        for thread in threads:
+            # One in the middle of a large input is left: its claim lapses.
+            thread.join(_GOODBYE_SECONDS)
     database.close()
     log.info("beat stopped")
+
+
+def _start_schedulers(
+    database: Database, settings: Settings, dispatcher: Dispatcher, stop: threading.Event
+) -> list[threading.Thread]:
+    from producer.schedules.scheduler import Scheduler, run
+
+    ring = _ringing(dispatcher)
+    threads = []
+    for number in range(_SCHEDULERS):
+        scheduler = Scheduler(database, settings, ring=ring)
+        thread = threading.Thread(
+            target=run,
+            args=(scheduler, settings.schedule_seconds, stop),
+            name=f"scheduler-{number}",
+            daemon=True,
+        )
+        thread.start()
+        threads.append(thread)
+    return threads
+
+
+def _ringing(dispatcher: Dispatcher) -> Callable[[str], None]:
+    from nightherd.errors import NightherdError
+
+    def ring(checkpoint_key: str) -> None:
+        try:
+            dispatcher.top_up(checkpoint_key)
+        except NightherdError as error:
+            log.debug("not rung for %s, the tick will: %s", checkpoint_key, error)
+
+    return ring

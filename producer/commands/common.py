@@ -104,6 +104,7 @@ def duration(seconds: float | None) -> str:
 
 
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
+_LONGEST_DELAY = 3_660 * 86_400.0
 
 
 class TimeOrDelay(click.ParamType[Any]):
@@ -132,6 +133,30 @@ class TimeOrDelay(click.ParamType[Any]):
         except ValueError:
             self.fail(f"{value!r} is no time; write 2026-12-24T18:00, or a delay as 90m, 8h, 2d")
         return time.astimezone(UTC)
+
+
+class Delay(click.ParamType[float]):
+    """A span of time (`90m`, `8h`, `2d`), in seconds."""
+
+    name = "delay"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "DELAY"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        if isinstance(value, float):
+            return value
+        text = str(value).strip()
+        number = text.rstrip("abcdefghijklmnopqrstuvwxyz")
+        try:
+            seconds = float(number) * _UNITS[text[len(number) :]]
+        except (KeyError, ValueError):
+            seconds = -1.0
+        if not 0 < seconds <= _LONGEST_DELAY:
+            self.fail(f"{value!r} is no span of time; write 45s, 90m, 8h or 2d")
+        return seconds
 
 
 class Seed(click.ParamType[int]):

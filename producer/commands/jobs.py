@@ -80,6 +80,7 @@ def status(job: str | None, watch: bool, wait: bool, as_json: bool) -> None:
     """
     from producer.progress import exit_code, follow
     from producer.status import failures_by_code, job_view, job_views, latest_job
+    from producer.webhooks import job_webhooks
 
     settings, database = load()
     if job is None and not (watch or wait):
@@ -105,10 +106,11 @@ def status(job: str | None, watch: bool, wait: bool, as_json: bool) -> None:
     else:
         view = read(database, lambda c: job_view(c, job_id))
     codes = read(database, lambda c: failures_by_code(c, job_id)) if view.failed else {}
+    webhooks = read(database, lambda c: job_webhooks(c, job_id))
     if as_json:
-        print_json({**view.as_json(), "failures": codes})
+        print_json({**view.as_json(), "failures": codes, "webhooks": webhooks})
     else:
-        click.echo(_describe(view, codes))
+        click.echo("\n".join([_describe(view, codes), *map(_describe_webhook, webhooks)]))
     if wait:
         raise SystemExit(exit_code(view))
 
@@ -149,3 +151,9 @@ def _describe(view: Any, codes: dict[str, int]) -> str:
         listed = ", ".join(f"{count:,} {code}" for code, count in codes.items())
         lines.append(f"  failures: {listed} (nightherd errors {view.id})")
     return "\n".join(lines)
+
+
+def _describe_webhook(webhook: dict[str, Any]) -> str:
+    attempts = f", {webhook['attempts']} attempts" if webhook["attempts"] > 1 else ""
+    error = f" ({webhook['last_error']})" if webhook["last_error"] else ""
+    return f"  webhook on {webhook['on']} to {webhook['to']}: {webhook['state']}{attempts}{error}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,6 +45,10 @@ _JOB_OPTIONS = (
     click.option("--deadline", type=TimeOrDelay(), help="End the job then, done or not."),
     click.option("--seed", type=Seed(),
                  help="For all random choices; drawn and shown if not given."),
+    click.option("--on-complete", metavar="URL",
+                 help="Tell URL (or the one in a variable, env:NAME) when the job is completed."),
+    click.option("--on-failure", metavar="URL",
+                 help="Tell URL of failed rows, or that the job was cancelled or expired."),
 )  # fmt: skip
 
 _INPUT_OPTIONS = (
@@ -94,37 +96,6 @@ def submit_options(command: F) -> F:
     return decorated
 
 
-def job_params(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The job's layer of parameters; raises `ParameterError` naming what is wrong."""
-    from nightherd.errors import ParameterError, UsageError
-    from nightherd.params import parse_params
-
-    given: dict[str, Any] = {}
-    for name, _, _ in _PARAMETERS:
-        key = name.replace("-", "_")
-        if options[key] is not None:
-            given[key] = options[key]
-    if options["stop"]:
-        given["stop"] = list(options["stop"])
-    if options["stop_token_ids"]:
-        given["stop_token_ids"] = list(options["stop_token_ids"])
-    if options["ignore_eos"]:
-        given["ignore_eos"] = True
-    for item in options["params"]:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise UsageError(f"--param {item}: write NAME=JSON, as --param top_k=40")
-        if name in given:
-            raise ParameterError(f"{name} is given twice; give it once")
-        if name == "seed":
-            raise UsageError("--param seed would give all rows one seed; use --seed")
-        try:
-            given[name] = json.loads(value)
-        except ValueError:
-            given[name] = value  # a bare word is a string
-    return parse_params(given)
-
-
 @contextmanager
 def _opened(path: str) -> Iterator[tuple[BinaryIO, str]]:
     """The input, and its name for messages; standard input is spooled first."""
@@ -147,40 +118,21 @@ def _opened(path: str) -> Iterator[tuple[BinaryIO, str]]:
 
 def do_submit(path: str, options: Mapping[str, Any]) -> tuple[Settings, Database, SubmittedJob]:
     """Checks and stores a submission; announces nothing yet."""
-    from nightherd.catalogue import checkpoint_key
+    from models.store.webhooks import expect
     from nightherd.settings import load_settings
     from producer.database import open_database
-    from producer.readers import Reader, ReadOptions
+    from producer.job_options import prepare, user
+    from producer.readers import Reader
     from producer.submit import JobOptions, submit
-    from producer.tasks import make_builder, parse_labels, parse_schema, parse_task_args
+    from producer.webhooks import check
 
     settings = load_settings()
-    key = checkpoint_key(options["checkpoint"])
-    _refuse_empty_folder(key)
+    urls = {"on_complete": options["on_complete"], "on_failure": options["on_failure"]}
+    check(settings, **urls)
     _refuse_past_deadline(options["deadline"])
-    params = job_params(options)
-    builder = make_builder(
-        template=options["template"],
-        system=options["system"],
-        chat=options["chat"],
-        task=options["task"],
-        task_args=parse_task_args(options["task_args"]),
-        labels=parse_labels(options["labels"] or ""),
-        schema=None if options["schema"] is None else parse_schema(options["schema"]),
-    )
-    if builder is not None:
-        params = builder.job_params(params)
+    prepared = prepare(options)
     with _opened(path) as (file, name):
-        reader = Reader(
-            file,
-            name,
-            ReadOptions(
-                format=options["input_format"],
-                keep=frozenset(options["keep"]),
-                ignore_unknown=options["ignore_unknown"],
-                builder=builder,
-            ),
-        )
+        reader = Reader(file, name, prepared.reading)
         database = open_database(settings)
         with _progress() as progress:
             job = submit(
@@ -188,20 +140,21 @@ def do_submit(path: str, options: Mapping[str, Any]) -> tuple[Settings, Database
                 settings,
                 reader,
                 JobOptions(
-                    checkpoint_key=key,
-                    params=params,
+                    checkpoint_key=prepared.checkpoint_key,
+                    params=prepared.params,
                     seed=options["seed"],
                     name=options["name"],
-                    template=None if builder is None else builder.describe(),
+                    template=prepared.template,
                     priority=options["priority"],
                     not_before=options["not_before"],
                     deadline=options["deadline"],
-                    submitted_by=_user(),
+                    submitted_by=user(),
                 ),
                 source=name,
                 progress=progress,
+                live=lambda connection, job_id: expect(connection, job_id=job_id, **urls),
             )
-    _say_what_was_assumed(job, params, reader, options)
+    _say_what_was_assumed(job, prepared.params, reader, options)
     return settings, database, job
 
 
@@ -219,28 +172,11 @@ def _say_what_was_assumed(
         notice(f"--keep: no row has {', '.join(sorted(reader.unseen))}", always=True)
 
 
-def _refuse_empty_folder(key: str) -> None:
-    """A folder that is here and holds no checkpoint would let the job wait for ever."""
-    from nightherd.catalogue import local_folder
-    from nightherd.errors import CheckpointError
-
-    folder = local_folder(key)
-    if folder is not None and folder.is_dir() and not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} holds no checkpoint: it has no config.json")
-
-
 def _refuse_past_deadline(deadline: datetime | None) -> None:
     from nightherd.errors import UsageError
 
     if deadline is not None and deadline <= datetime.now(UTC):
         raise UsageError(f"--deadline {deadline:%Y-%m-%d %H:%M} UTC has passed already")
-
-
-def _user() -> str | None:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return None  # a container's uid may have no name
 
 
 @contextmanager

@@ -93,10 +93,12 @@ def make_builder(
     task_args: Mapping[str, str] | None = None,
     labels: Sequence[str] = (),
     schema: Mapping[str, Any] | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> RowBuilder | None:
     """The builder for a command's options, None where rows are taken as they are.
 
-    Raises `UsageError` for a template that does not compile and for arguments without their task.
+    `variables` may be used by `template` and `system` beside the columns of a row. Raises
+    `UsageError` for a template that does not compile and for arguments without their task.
     """
     if task is None and task_args:
         raise UsageError(f"--task-arg {next(iter(task_args))} has no --task to go to")
@@ -107,8 +109,8 @@ def make_builder(
     if template is None and system is None and not chat and task is None:
         return None
     return RowBuilder(
-        template=None if template is None else compile_template(template, "--template"),
-        system=None if system is None else compile_template(system, "--system"),
+        template=None if template is None else compile_template(template, "--template", variables),
+        system=None if system is None else compile_template(system, "--system", variables),
         chat=chat,
         task=None if task is None else get_task(task).bind(task_args, labels, schema),
     )

@@ -56,7 +56,7 @@ Piece = Callable[..., Any]
 def kills(piece: Piece, *arguments: Any, also: Sequence[str] = ()) -> Iterator[str]:
     """Yields the name of each point at which a run of the piece was killed; ends with its survival.
 
-    `also`: `module:Class.function` of more points.
+    `also`: `module:Class.function` or `module:function` of more points.
     """
     for number in itertools.count(1):
         order = {**_call(piece, arguments), "also": list(also), "kill_at": number}
@@ -254,7 +254,8 @@ def _lay_points(kill_at: int, also: Sequence[str], say: Callable[[object], None]
     for name in also:
         module, _, path = name.partition(":")
         owner, _, function = path.rpartition(".")
-        _wrap(getattr(importlib.import_module(module), owner), function, reach)
+        home = importlib.import_module(module)
+        _wrap(getattr(home, owner) if owner else home, function, reach)
 
 
 def _wrap(owner: Any, name: str, reach: Callable[[str], None]) -> None:

@@ -216,7 +216,7 @@ class TestCustomIds:
         def full() -> sqlite3.Connection:
             raise sqlite3.OperationalError("database or disk is full")
 
-        monkeypatch.setattr(readers._CustomIds, "_create", staticmethod(full))
+        monkeypatch.setattr(readers.CustomIds, "_create", staticmethod(full))
         with pytest.raises(NightherdError) as error:
             read('{"prompt": "a", "custom_id": "x"}')
         assert str(error.value) == (

@@ -364,8 +364,23 @@ def test_every_answer_is_lost_once(database: Database, make_settings: MakeSettin
     assert (view.samples, view.chunks_queued) == (25, 7)
 
 
+def test_every_answer_of_a_small_job_is_lost_once(
+    database: Database, make_settings: MakeSettings
+) -> None:
+    unlucky = Unlucky(database.url.render_as_string(hide_password=False))
+    done = submit(unlucky, make_settings(), rows(5), JobOptions(checkpoint_key=KEY))
+    unlucky.close()
+    assert counts(database) == {"jobs": 1, "requests": 5, "chunks": 1}
+    assert visible(database) == [done.id]
+
+
+@pytest.mark.parametrize(("last", "batch"), [("finish_storing", 2), ("store_whole", 100)])
 def test_a_database_that_goes_away_for_good(
-    database: Database, make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+    database: Database,
+    make_settings: MakeSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    last: str,
+    batch: int,
 ) -> None:
     """One line, and nothing visible; what was stored goes when the database is back."""
 
@@ -378,9 +393,9 @@ def test_a_database_that_goes_away_for_good(
         return real(self, work, **{**options, "patience": 0.1})
 
     monkeypatch.setattr(Database, "retrying", impatient)
-    monkeypatch.setattr(store, "finish_storing", gone)
+    monkeypatch.setattr(store, last, gone)
     with pytest.raises(DatabaseError, match="locked"):
-        submit(database, make_settings(), rows(3), JobOptions(checkpoint_key=KEY))
+        submit(database, make_settings(store_batch=batch), rows(3), JobOptions(checkpoint_key=KEY))
     assert counts(database) == NOTHING
 
 

@@ -15,7 +15,7 @@ from nightherd.errors import NightherdError
 from producer.commands.common import notice, read
 from producer.commands.control import ring
 from producer.commands.options import do_submit, submit_options
-from producer.commands.results import open_output, refuse_unwritable, write_rows
+from producer.outputs import open_output, refuse_unwritable, write_rows
 
 if TYPE_CHECKING:
     from models.database import Database
