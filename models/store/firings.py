@@ -374,11 +374,13 @@ def ended(connection: Connection, *, limit: int) -> Sequence[FiringRow]:
         .join(Schedule, Schedule.id == Firing.schedule_id)
         .outerjoin(Job, Job.id == newest)
         .where(
-            one_of(Firing.state, "submitted"),
+            # The very words of the index, and its order.
+            one_of(Firing.state, *_OPEN),
+            Firing.state == "submitted",
             or_(Firing.lease_until.is_(None), Firing.lease_until < db_now()),
             or_(Job.id.is_(None), Job.state.in_(ENDED_JOB_STATES)),
         )
-        .order_by(Firing.id)
+        .order_by(Firing.schedule_id)
         .limit(limit)
     ).all()
 
