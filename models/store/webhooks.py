@@ -288,14 +288,6 @@ def not_delivered(
     connection.execute(update(Webhook).where(mine, still_due).values(**values))
 
 
-def is_told(connection: Connection, job_id: str) -> bool:
-    """Whether nothing of this job is still to be told: then it may be removed."""
-    still = select(Webhook.id).where(
-        Webhook.job_id == job_id, one_of(Webhook.state, "waiting", "due")
-    )
-    return connection.execute(still.limit(1)).first() is None
-
-
 def of_job(connection: Connection, job_id: str) -> Sequence[Row[*tuple[Any, ...]]]:
     """A job's webhooks, for its status."""
     return connection.execute(

@@ -217,17 +217,6 @@ def test_a_job_that_goes_takes_its_webhooks_along(database: Database) -> None:
     assert rows(database) == []
 
 
-def test_history_may_forget_a_job_when_all_is_told(database: Database) -> None:
-    due_one(database)
-    with database.read() as connection:
-        job_id = connection.execute(select(Job.id)).scalar_one()
-        assert not webhooks.is_told(connection, job_id)
-        assert webhooks.is_told(connection, "another")
-    deliver(database, claimed(database))
-    with database.read() as connection:
-        assert webhooks.is_told(connection, job_id)
-
-
 # Claims and answers.
 
 
