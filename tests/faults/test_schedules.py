@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import delete, func, select, update
@@ -24,6 +25,7 @@ from tests.commands.invoking import CommandLine, environment
 from tests.conftest import wait_until
 from tests.faults.killing import at_once, kills, settle, url_of
 from tests.faults.test_submit import COPIED
+from tests.receiver import SECRET, Receiver, receiver
 from tests.scheduling import (
     Clock,
     all_firings,
@@ -269,15 +271,39 @@ MINUTES = 5
 @pytest.mark.faults
 @pytest.mark.timeout(600)
 def test_a_schedule_each_minute_for_five_minutes(tmp_path: Path, redis_socket: Path) -> None:
-    """The real clock: two beats, one of which is killed, a broker, a worker."""
+    """The real clock: two beats, one of which is killed, a broker, a worker, a webhook receiver."""
+    with receiver() as told_of:
+        found = _each_minute(tmp_path, redis_socket, told_of)
+    slots = [row.scheduled_for_utc for row in found]
+    assert len(slots) >= MINUTES
+    assert {later - earlier for earlier, later in pairwise(slots)} == {timedelta(minutes=1)}
+    late = [(row.created_at - row.scheduled_for_utc).total_seconds() for row in found]
+    print(f"{len(slots)} firings, claimed {min(late):.2f} to {max(late):.2f} s after their slots")
+    assert max(late) < 10
+    jobs = [row.job for row in found]
+    assert len(set(jobs)) == len(found)
+    for row in found:
+        assert len(Path(row.output).read_text().splitlines()) == 3
+    assert all(heard.is_signed() for heard in told_of.heard)
+    once = {heard.id: heard.body["data"]["job"] for heard in told_of.heard}
+    assert sorted(once.values()) == sorted(jobs)
+
+
+def _each_minute(tmp_path: Path, redis_socket: Path, told_of: Receiver) -> Sequence[Any]:
     broker = f"redis+socket://{redis_socket}?virtual_host=0"
-    variables = environment(tmp_path, broker_url=broker)
+    variables = environment(
+        tmp_path,
+        broker_url=broker,
+        webhook_secret=SECRET,
+        webhook_allow_private="true",
+        webhook_poll_seconds=0.5,
+    )
     processes = Processes(CommandLine(variables, tmp_path), tmp_path)
     try:
         write_input(tmp_path / "in.jsonl", 3)
         line = ("add", "minutely", "in.jsonl", "--cron", "* * * * *", "--max-tokens", "8")
-        out = ("-o", "out-{{ firing }}.jsonl")
-        assert processes.nightherd("schedule", *line, *out).code == 0
+        more = ("-o", "out-{{ firing }}.jsonl", "--on-complete", told_of.url)
+        assert processes.nightherd("schedule", *line, *more).code == 0
         processes.start_workers(1)
         _beats(processes, 2)
         database = processes.database
@@ -295,14 +321,11 @@ def test_a_schedule_each_minute_for_five_minutes(tmp_path: Path, redis_socket: P
             what="the end of all firings",
         )
         found = all_firings(database)
+        wait_until(
+            lambda: len({heard.id for heard in told_of.heard}) >= len(found),
+            seconds=30,
+            what="the last webhook",
+        )
+        return found
     finally:
         processes.stop()
-    slots = [row.scheduled_for_utc for row in found]
-    assert len(slots) >= MINUTES
-    assert {later - earlier for earlier, later in pairwise(slots)} == {timedelta(minutes=1)}
-    late = [(row.created_at - row.scheduled_for_utc).total_seconds() for row in found]
-    print(f"{len(slots)} firings, claimed {min(late):.2f} to {max(late):.2f} s after their slots")
-    assert len({row.job for row in found}) == len(found)
-    for row in found:
-        assert len(Path(row.output).read_text().splitlines()) == 3
-    assert max(late) < 10
