@@ -28,8 +28,8 @@ from models.worker import LIVE_WORKER_STATES, ServedCheckpoint, Sweep, Worker
 ChunkRow = Row[*tuple[Any, ...]]
 """A row of `CHUNK_COLUMNS`."""
 
-POISON_DEATHS = SOLO_DEATHS + 2
-"""A single request that was alone at two deaths is the cause."""
+POISON_DEATHS = SOLO_DEATHS + 3
+"""A single request that was alone at three deaths is the cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +188,7 @@ def _contain(connection: Connection, chunk_id: int) -> None:
     """Narrows down what kills workers: halves a chunk at its second death and at each further.
 
     Parts are claimed solo, so a bystander is never condemned. A single request left alone that
-    dies twice more fails as `poison`.
+    dies three times more fails as `poison`.
     """
     chunk = connection.execute(select(*CHUNK_COLUMNS).where(Chunk.id == chunk_id)).one()
     if chunk.deaths < SOLO_DEATHS or chunk.state != "queued":
@@ -289,7 +289,7 @@ def _condemn(connection: Connection, chunk: ChunkRow, request: PendingRequest) -
                 "logprobs": None,
                 "error_code": "poison",
                 "error_message": f"{chunk.deaths} workers died while they ran this request, the "
-                "last two with nothing else in hand; see the workers' logs",
+                "last three with nothing else in hand; see the workers' logs",
                 "seed": None,
                 "worker_id": None,
                 "parameter_set_id": None,

@@ -172,7 +172,7 @@ def test_database_down_longer_than_the_lease_of_worker_processes(
 
 def _workers(database: Database) -> list[Any]:
     with database.read() as connection:
-        return list(connection.execute(select(Worker.id, Worker.state)))
+        return list(connection.execute(select(Worker.id, Worker.state).order_by(Worker.id)))
 
 
 def _chunks(database: Database, job_id: str) -> list[Any]:

@@ -46,10 +46,10 @@ def _poison_among(
     wait_until(has_ended, seconds=seconds, what="the end of all jobs")
     fleet.is_clean()
     assert fleet.column(select(Result.index).where(Result.error_code == "poison")) == [middle]
-    # Two deaths make its chunk solo and halve it, each further halving costs one, and two more it
+    # Two deaths make its chunk solo and halve it, each further halving costs one, and three more it
     # must die alone.
     halvings = math.ceil(math.log2(chunk_size))
-    assert killed <= 2 + max(0, halvings - 1) + 2, "the number of deaths is bounded"
+    assert killed <= 2 + max(0, halvings - 1) + 3, "the number of deaths is bounded"
     assert len(fleet.lines("death")) == killed
     assert fleet.state(job) == "completed"
 

@@ -357,7 +357,7 @@ def test_a_worker_that_died_after_its_last_save_leaves_nothing_to_split(
     assert check_sums(database, job_id)["done"] == 4
 
 
-def test_a_single_request_is_condemned_after_two_deaths_alone(database: Database) -> None:
+def test_a_single_request_is_condemned_after_three_deaths_alone(database: Database) -> None:
     job_id = make_job(database, 1, samples=2)
     for deaths in range(1, leases.POISON_DEATHS):
         (held,) = die_with_all(database)
@@ -371,7 +371,7 @@ def test_a_single_request_is_condemned_after_two_deaths_alone(database: Database
     with database.read() as connection:
         message = connection.execute(select(Result.error_message)).scalars().first()
     assert message is not None
-    assert "4 workers died while they ran this request" in message
+    assert "5 workers died while they ran this request" in message
 
 
 def test_a_death_of_a_condemned_one_cannot_be_saved_late(database: Database) -> None:
