@@ -64,7 +64,8 @@ def cuda_capture(device: torch.device) -> Capture:
     def capture(step: Step) -> Step:
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Other threads of the worker may use the card meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = step()
 
         def replay() -> torch.Tensor:

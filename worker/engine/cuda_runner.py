@@ -7,6 +7,7 @@ while that one runs. What a step needs from the CPU is one array, copied once.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,7 @@ class CudaRunner:
         self._max_sequences, self._max_rows = max_sequences, max_rows
         self._context = context
         self._device = device = self._model.device
+        self._on_card = device.type == "cuda"
         self._varlen = varlen_attention(self._model.shape, self._model.dtype, device)
         self._graphs = GraphCache(capture)
         layout = Layout(max_rows, max_sequences)
@@ -152,6 +154,11 @@ class CudaRunner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Flight:
         """Starts a step; see `AheadRunner`."""
+        # Kernels run on the thread's current device.
+        with torch.cuda.device(self._device) if self._on_card else contextlib.nullcontext():
+            return self._start(plan)
+
+    def _start(self, plan: Plan) -> Flight:
         spans, long = cuda_step.ordered(plan)
         choosing = [span.sequence for span in spans if span.chooses]
         if not spans:
@@ -281,7 +288,7 @@ class CudaRunner:
 
     def lost(self) -> bool:
         """Whether a CUDA error has made the context unusable for good."""
-        if self._device.type != "cuda":
+        if not self._on_card:
             return False
         try:
             torch.cuda.synchronize(self._device)
@@ -291,7 +298,7 @@ class CudaRunner:
 
     def close(self) -> None:
         """Frees the weights, the graphs and the KV cache."""
-        if self._device.type == "cuda" and not self.lost():
+        if self._on_card and not self.lost():
             torch.cuda.synchronize(self._device)
         self._graphs.clear()
         self._model.close()

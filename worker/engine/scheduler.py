@@ -65,6 +65,7 @@ class Scheduler:
         self.preemptions = 0
         self._most = (max_sequences, budget)
         self._apart = apart
+        self._filling = False
 
     @property
     def limited(self) -> bool:
@@ -108,10 +109,12 @@ class Scheduler:
         running = [sequence for sequence in self.running if not sequence.exhausted]
         if self._apart:
             prefilling = [sequence for sequence in running if sequence.pending > 1]
-            if prefilling or self._admission_pays():
+            if prefilling or self._filling or self._admission_pays():
                 budget = self._go_on(plan, prefilling)
                 if self.preemptions == preempted:
                     self._admit(plan, budget)
+                # Once seats are being filled, they all are.
+                self._filling = bool(plan.spans)
                 if plan.spans:
                     return plan
             self._go_on(plan, [sequence for sequence in running if sequence.pending == 1])
