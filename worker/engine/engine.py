@@ -246,9 +246,11 @@ class BatchEngine:
             choices = step.flight()
             self._under_way.popleft()
             ended: list[Sample] = []
+            self._completion_tokens += len(step.choosing)
+            if self._ahead is not None:
+                self._completion_tokens -= sum(sample.done for sample in step.choosing)
             for place, sample in enumerate(step.choosing):
                 sample.ahead -= 1
-                self._completion_tokens += not sample.done
                 token, best = choices.token_ids[place], choices.best[place]
                 if sample.take(token, best, choices.logprobs.get(place)):
                     ended.append(sample)

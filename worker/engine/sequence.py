@@ -63,17 +63,17 @@ class Sequence:
 
     @property
     def generated(self) -> int:
-        return self.length - len(self.request.prompt_token_ids)
+        return len(self.token_ids) + self.ahead - len(self.request.prompt_token_ids)
 
     @property
     def exhausted(self) -> bool:
-        """Whether it has as many tokens as it may, known or not."""
-        return self.generated >= self.request.max_new_tokens
+        """Whether the tokens that are not known yet are the last that it may have."""
+        return self.ahead > 0 and self.generated >= self.request.max_new_tokens
 
     @property
     def pending(self) -> int:
         """Positions to be computed before the next token can be chosen; 1 while it decodes."""
-        return self.length - self.computed
+        return len(self.token_ids) + self.ahead - self.computed
 
     @property
     def rank(self) -> tuple[int, int]:
