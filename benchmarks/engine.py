@@ -60,7 +60,7 @@ def arguments() -> argparse.Namespace:
     add("--rounds", type=int, default=3)
     add("--device", default="cpu", help="cpu or cuda")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    add("--kv-memory", type=float, default=2.0, metavar="GIB", help="of every engine")
+    add("--kv-memory", type=float, metavar="GIB", help="of every engine (2 on a CPU, 60 on a card)")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-p", type=float, default=1.0)
     add("--top-k", type=int, default=0)
@@ -74,7 +74,10 @@ def arguments() -> argparse.Namespace:
     add("--limit", type=float, default=900.0, metavar="SECONDS", help="of one run of one engine")
     add("--patience", type=float, default=120.0, metavar="SECONDS", help="wait for a quiet machine")
     add("--force", action="store_true", help="measure on a busy machine too")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.kv_memory is None:
+        given.kv_memory = 2.0 if given.device == "cpu" else 60.0
+    return given
 
 
 def main() -> None:

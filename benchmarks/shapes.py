@@ -16,7 +16,7 @@ _TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes of a LLaMA model whose output layer is its embedding."""
+    """The sizes of a LLaMA model."""
 
     hidden: int
     intermediate: int
@@ -26,6 +26,8 @@ class Shape:
     vocab: int
     tokenizer: int
     """Tokens that the tokenizer is trained to; the other rows are padding."""
+    tied: bool = True
+    """Whether the output layer is the embedding."""
 
     @property
     def head_dim(self) -> int:
@@ -61,6 +63,9 @@ SHAPES = {
     "M": Shape(576, 1536, 30, 9, 3, vocab=32000, tokenizer=32000),
     # Llama-3.2-1B.
     "L": Shape(2048, 8192, 16, 32, 8, vocab=128256, tokenizer=32000),
+    # Llama-3.1-8B and Llama-2-7B: for cards.
+    "8B": Shape(4096, 14336, 32, 32, 8, vocab=128256, tokenizer=32000, tied=False),
+    "7B": Shape(4096, 11008, 32, 32, 32, vocab=32000, tokenizer=32000, tied=False),
 }
 
 
@@ -91,7 +96,7 @@ def _write(shape: Shape, dtype: str, folder: Path) -> None:
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.tied,
         rms_norm_eps=1e-5,
         bos_token_id=1,
         eos_token_id=2,
@@ -99,7 +104,10 @@ def _write(shape: Shape, dtype: str, folder: Path) -> None:
     )
     logging.disable_progress_bar()
     torch.manual_seed(_SEED)
-    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    # A card makes billions of random numbers in seconds, a CPU in minutes.
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     _tokenizer(shape.tokenizer).save_pretrained(folder)
 
 

@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-WORKLOADS = ("W1", "W2", "gsm8k")
+WORKLOADS = ("W1", "W2", "gsm8k", "fixed", "samples")
 _MOST = 1024
+_FIXED = 512, 256
+"""Prompt and output tokens of every request of `fixed` and `samples`."""
+SAMPLES = 64
+"""Requests of `samples` that have the same prompt."""
 _IDS = 8000
 """All shapes have so many token ids."""
 _PREFIX = 400
@@ -20,6 +24,8 @@ Request = dict[str, Any]
 
 def workload(name: str, count: int, tokenizer: Path, data: Path | None) -> list[Request]:
     """The first `count` requests of a workload; `SystemExit` says what is wrong."""
+    if name in ("fixed", "samples"):
+        return _fixed(count, 1 if name == "fixed" else SAMPLES)
     if not 1 <= count <= _MOST:
         raise SystemExit(f"--requests must be from 1 to {_MOST}")
     ragged, shared = _random()
@@ -63,7 +69,19 @@ def as_text(requests: Sequence[Request], tokenizer: Path) -> list[Request]:
 
 def shared_tokens(name: str, requests: Sequence[Request]) -> int:
     """Prompt tokens that need not be computed, as another request has computed them."""
+    if name == "samples":
+        return (len(requests) - -(-len(requests) // SAMPLES)) * (_FIXED[0] - 1)
     return (len(requests) - 1) * _PREFIX if name == "W2" else 0
+
+
+def _fixed(count: int, samples: int) -> list[Request]:
+    """Random prompts of one length, each `samples` times in a row."""
+    import numpy as np
+
+    rng = np.random.default_rng(99)
+    size, out = _FIXED
+    prompts = rng.integers(3, _IDS, (-(-count // samples), size)).tolist()
+    return [{"prompt": prompts[place // samples], "out": out} for place in range(count)]
 
 
 def _random() -> tuple[list[Request], list[Request]]:

@@ -26,8 +26,10 @@ EngineKind = Literal["auto", "kernels", "torch", "generate"]
 _CPU_SHARE, _CPU_MOST = 0.25, 4 << 30
 """Of what is available, for the KV cache, so that several workers on one machine live."""
 _CUDA_SHARE = 0.8
-_CPU_SEQUENCES, _CUDA_SEQUENCES, _PLAIN_SEQUENCES = 128, 256, 32
-_CPU_BUDGET, _CUDA_BUDGET = 256, 2048
+_CPU_SEQUENCES, _CUDA_SEQUENCES, _PLAIN_SEQUENCES = 128, 512, 32
+_CPU_BUDGET, _CUDA_BUDGET = 256, 8192
+_PROFILE_BLOCKS = 16
+"""Of the KV cache, while the card is measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +109,15 @@ def _batch_engine(
     on_cpu = device.type == "cpu"
     sequences = options.max_batch or (_CPU_SEQUENCES if on_cpu else _CUDA_SEQUENCES)
     budget = max(sequences, options.budget or (_CPU_BUDGET if on_cpu else _CUDA_BUDGET))
-    blocks = _blocks(shape, dtype, context, sequences, on_cpu, available, options)
     threads = options.threads or len(os.sched_getaffinity(0))
     runner: ModelRunner | None = None
+    if device.type == "cuda" and options.kind in ("auto", "kernels"):
+        runner = _cuda_runner(
+            model, vocab_size, context, device, available, sequences, budget, options
+        )
+    if runner is None:
+        memory = _default_memory(on_cpu, available)
+        blocks = _blocks(shape, dtype, context, sequences, memory, available, options)
     if on_cpu and options.kind in ("auto", "kernels"):
         from worker.engine.cpu_runner import CpuRunner
 
@@ -140,6 +148,7 @@ def _batch_engine(
         if on_cpu:
             torch.set_num_threads(threads)
         runner = TorchRunner(model, vocab_size=vocab_size, num_blocks=blocks, block_size=BLOCK)
+    blocks = runner.num_blocks
     manager = BlockManager(blocks, runner.block_size, prefix_cache=options.prefix_cache)
     log.info(
         "engine %s: a KV cache of %s tokens, %d sequences at once, %d rows a step%s",
@@ -149,8 +158,64 @@ def _batch_engine(
         budget,
         f", {threads} threads" if on_cpu else "",
     )
-    scheduler = Scheduler(manager, max_sequences=sequences, budget=budget)
+    scheduler = Scheduler(
+        manager, max_sequences=sequences, budget=budget, apart=runner.name == "cuda"
+    )
     return BatchEngine(runner, scheduler, context)
+
+
+def _cuda_runner(
+    model: Any,
+    vocab_size: int,
+    context: int,
+    device: torch.device,
+    available: int,
+    sequences: int,
+    budget: int,
+    options: EngineOptions,
+) -> ModelRunner | None:
+    """The runner with fused kernels; None, said once, where they do not run."""
+    from worker.engine.cuda_graphs import cuda_capture
+    from worker.engine.cuda_memory import measure
+    from worker.engine.cuda_model import BLOCK as CUDA_BLOCK
+    from worker.engine.cuda_model import kernels_for
+    from worker.engine.cuda_runner import CudaRunner
+
+    try:
+        kernels = kernels_for(device)
+    except Exception as error:  # whatever Triton, its compiler and the driver raise
+        if options.kind == "kernels":
+            raise CheckpointError(f"the kernels cannot be used: {error}") from None
+        log.warning(
+            "the Triton kernels cannot be used (%s): plain torch computes, at a fraction of the "
+            "speed; install triton, as torch for CUDA does",
+            error,
+        )
+        return None
+    shape, dtype = shape_of(model), embedding(model).dtype
+    runner = CudaRunner(
+        model,
+        kernels=kernels,
+        vocab_size=vocab_size,
+        max_sequences=sequences,
+        max_rows=budget,
+        context=context,
+        capture=cuda_capture(device),
+    )
+    memory = 0
+    if options.kv_memory is None:
+        runner.make_cache(_PROFILE_BLOCKS)
+        memory = measure(runner, device).cache
+    blocks = _blocks(shape, dtype, context, sequences, memory, available, options, block=CUDA_BLOCK)
+    runner.make_cache(blocks)
+    return runner
+
+
+def _default_memory(on_cpu: bool, available: int) -> int:
+    """Bytes of the KV cache where nobody says how many."""
+    if on_cpu:
+        return min(int(_CPU_SHARE * available), _CPU_MOST)
+    return int(_CUDA_SHARE * available)
 
 
 def _blocks(
@@ -158,18 +223,18 @@ def _blocks(
     dtype: torch.dtype,
     context: int,
     sequences: int,
-    on_cpu: bool,
+    memory: int,
     available: int,
     options: EngineOptions,
+    *,
+    block: int = BLOCK,
 ) -> int:
-    """Blocks of the KV cache; what does not fit is said."""
-    size = 2 * shape.layers * shape.kv_width * BLOCK * dtype.itemsize
-    memory = options.kv_memory
-    if memory is None:
-        memory = (
-            min(int(_CPU_SHARE * available), _CPU_MOST) if on_cpu else int(_CUDA_SHARE * available)
-        )
-    whole = -(-context // BLOCK)
+    """Blocks of the KV cache, of `memory` bytes unless the user says otherwise; what does not fit
+    is said."""
+    size = 2 * shape.layers * shape.kv_width * block * dtype.itemsize
+    if options.kv_memory is not None:
+        memory = options.kv_memory
+    whole = -(-context // block)
     blocks = min(memory // size, sequences * whole)
     if options.kv_memory is not None and blocks * size > available:
         raise CheckpointError(
@@ -178,7 +243,7 @@ def _blocks(
         )
     if blocks < 1 or (options.context is not None and blocks < whole):
         raise CheckpointError(
-            f"a KV cache of {_size(memory)} holds {blocks * BLOCK:,} tokens, and one sequence of "
+            f"a KV cache of {_size(memory)} holds {blocks * block:,} tokens, and one sequence of "
             f"{context:,} takes {_size(whole * size)}; give more with --kv-memory, or a smaller "
             "--context"
         )
@@ -187,7 +252,7 @@ def _blocks(
             "the KV cache of %s holds %s tokens, fewer than the checkpoint's context of %s: "
             "requests beyond that fail; --kv-memory gives more",
             _size(memory),
-            f"{blocks * BLOCK:,}",
+            f"{blocks * block:,}",
             f"{context:,}",
         )
     return int(blocks)

@@ -11,20 +11,30 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence as Many
+from dataclasses import dataclass
 from typing import cast
 
 from nightherd.params import SamplingParams
 from worker.engine.interface import EngineRequest, EngineStats, Generation, Output, answer
 from worker.engine.requests import one_line, out_of_memory, problem_of
-from worker.engine.runner import ModelRunner
+from worker.engine.runner import AheadRunner, Choices, Flight, ModelRunner
 from worker.engine.sample import Sample
-from worker.engine.scheduler import Scheduler
+from worker.engine.scheduler import Plan, Scheduler
 
 logger = logging.getLogger(__name__)
 
 _RECENT_STEPS = 256
 _CALM_STEPS = 1000
 """After so many steps without a lack of memory they may be twice as large again."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step that was started, until its choices are taken in."""
+
+    samples: list[Sample]
+    choosing: list[Sample]
+    flight: Flight
 
 
 class BatchEngine:
@@ -41,6 +51,9 @@ class BatchEngine:
         self._aborted: deque[Generation] = deque()
         self._samples: dict[int, list[Sample]] = {}
         """The samples of each generation, by its identity: the engine's thread's alone."""
+        self._ahead = runner if isinstance(runner, AheadRunner) else None
+        self._under_way: deque[_Step] = deque()
+        """At most one between steps, and none unless the runner is one that runs ahead."""
         self._planned: list[Sample] = []
         self._planned_rows = 0
         self._calm: int | None = None
@@ -173,19 +186,23 @@ class BatchEngine:
             return
         self._step_started = time.monotonic()
         try:
-            self._step()
+            self._step(ahead=True)
         except Exception as error:  # whatever model, kernels and driver raise
             self._recover(error)
 
-    def _step(self) -> list[Sample]:
-        """Plans a step, computes it and takes in the chosen tokens; returns who was in it.
+    def _step(self, *, ahead: bool = False) -> None:
+        """Plans a step, computes it and takes in the chosen tokens.
 
-        Raises what the runner raises.
+        With `ahead` the step may still be under way at the end, and the tokens taken in are those
+        of the step before. Raises what the runner raises.
         """
         plan = self.scheduler.plan()
         if not plan.spans:
-            self._refuse_the_first()
-            return []
+            if self._under_way:
+                self._take_choices(0)
+            else:
+                self._refuse_the_first()
+            return
         now = time.monotonic()
         samples = [cast(Sample, span.sequence) for span in plan.spans]
         self._planned, self._planned_rows = samples, plan.rows
@@ -194,21 +211,60 @@ class BatchEngine:
                 sample.started = now
                 self._prompt_tokens += sample.prompt_length
                 self._begin(sample)
-        choices = self._runner.execute(plan)
+        self._start_step(plan, samples)
+        waits = ahead and self._ahead is not None and self._all_run_ahead(self._ahead)
+        self._take_choices(1 if waits else 0)
+
+    def _start_step(self, plan: Plan, samples: list[Sample]) -> None:
+        choosing = [
+            sample for span, sample in zip(plan.spans, samples, strict=True) if span.chooses
+        ]
+        if self._ahead is not None:
+            flight = self._ahead.launch(plan)
+        else:
+            choices = self._runner.execute(plan)
+
+            def flight() -> Choices:
+                return choices
+
         self.scheduler.advance(plan)
-        place = 0
-        ended: list[Sample] = []
-        for span, sample in zip(plan.spans, samples, strict=True):
-            if not span.chooses:
-                continue
-            token, best = choices.token_ids[place], choices.best[place]
-            if sample.take(token, best, choices.logprobs.get(place)):
-                ended.append(sample)
-            place += 1
-        self._completion_tokens += place
-        if ended:
-            self._let_go(ended)
-        self._end_step()
+        for sample in choosing:
+            sample.ahead += 1
+        self._under_way.append(_Step(samples, choosing, flight))
+
+    def _all_run_ahead(self, runner: AheadRunner) -> bool:
+        return all(runner.runs_ahead(sequence) for sequence in self.scheduler.running)
+
+    def _take_choices(self, left: int) -> None:
+        """Takes in what steps have chosen, the oldest first, until `left` are under way.
+
+        A sample that ended in the step before may be in a step all the same: what that chose for it
+        is dropped, and what it wrote lies in blocks whose next owner writes after it.
+        """
+        while len(self._under_way) > left:
+            step = self._under_way[0]
+            choices = step.flight()
+            self._under_way.popleft()
+            ended: list[Sample] = []
+            self._completion_tokens += len(step.choosing)
+            if self._ahead is not None:
+                self._completion_tokens -= sum(sample.done for sample in step.choosing)
+            for place, sample in enumerate(step.choosing):
+                sample.ahead -= 1
+                token, best = choices.token_ids[place], choices.best[place]
+                if sample.take(token, best, choices.logprobs.get(place)):
+                    ended.append(sample)
+            if ended:
+                self._let_go(ended)
+            self._end_step()
+
+    def _forget_steps(self) -> list[Sample]:
+        """Gives up what is under way after a failure; who was in it."""
+        samples = [sample for step in self._under_way for sample in step.samples]
+        for step in self._under_way:
+            for sample in step.choosing:
+                sample.ahead = 0
+        self._under_way.clear()
         return samples
 
     def _begin(self, sample: Sample) -> None:
@@ -262,7 +318,8 @@ class BatchEngine:
         memory was lacking and nobody alone is to blame, steps stay as small as those that went
         well.
         """
-        suspects = [sample for sample in self._planned if not sample.done]
+        involved = dict.fromkeys([*self._forget_steps(), *self._planned])
+        suspects = [sample for sample in involved if not sample.done]
         rows, full = self._planned_rows, self.scheduler.budget
         if self._lost():
             self._break(one_line(error))
@@ -327,6 +384,7 @@ class BatchEngine:
                 self._step()
         except Exception as error:
             failure = error
+            self._forget_steps()
             if self._lost():
                 self._break(one_line(error))
         self.scheduler.start_over()

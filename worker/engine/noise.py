@@ -40,7 +40,17 @@ def _xor_shifted(state: torch.Tensor, bits: int, scratch: torch.Tensor) -> None:
 
 def noise_key(seed: int, position: int) -> int:
     """The start of the stream of one position (0 is the first generated token) of one sample."""
-    return _mix((_mix((seed + _GOLDEN) & _MASK) + (position + 1) * _GOLDEN) & _MASK)
+    return key_of(stream_of(seed), position)
+
+
+def stream_of(seed: int) -> int:
+    """What `key_of` takes of a seed, as int64."""
+    return _signed(_mix((seed + _GOLDEN) & _MASK))
+
+
+def key_of(stream: int, position: int) -> int:
+    """`noise_key` from `stream_of` the seed."""
+    return _mix((stream + (position + 1) * _GOLDEN) & _MASK)
 
 
 def uniform_noise(keys: Sequence[int], vocab_size: int, device: torch.device) -> torch.Tensor:

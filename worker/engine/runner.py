@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from worker.engine.interface import PositionLogprobs
 from worker.engine.scheduler import Plan
@@ -47,3 +48,22 @@ class ModelRunner(Protocol):
 
     def close(self) -> None:
         """Frees what the model holds."""
+
+
+Flight = Callable[[], Choices]
+"""A step under way: waits for it, and gives its choices or raises what went wrong."""
+
+
+@runtime_checkable
+class AheadRunner(ModelRunner, Protocol):
+    """A runner whose device computes a step while the engine takes in the choices of the last one.
+
+    A sequence of such a step may be one token ahead (`Sequence.ahead`): the runner takes that
+    token, which the step before chose, from where it left it.
+    """
+
+    def launch(self, plan: Plan) -> Flight:
+        """Starts a step. Flights are called once each, in the order of their launch."""
+
+    def runs_ahead(self, sequence: Sequence) -> bool:
+        """Whether its next token can be chosen before its last one is known here."""

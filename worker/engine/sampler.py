@@ -264,6 +264,10 @@ class Sampler:
                     grammar.fill_mask(mask)
             except ValueError:
                 mask[:] = 0  # nothing can go on: this row alone has nothing to choose
+        self.forbid(logits, rows, masks)
+
+    def forbid(self, logits: torch.Tensor, rows: list[int], masks: npt.NDArray[np.int32]) -> None:
+        """Minus infinity, in place, where the bits of `masks`, a row for each of `rows`, are 0."""
         bits = self.tensor(masks)[:, :, None] >> torch.arange(32, device=self._device)
         allowed = (bits & 1).view(len(rows), -1)[:, : self.vocab_size].bool()
         logits[rows] = logits[rows].masked_fill_(~allowed, -torch.inf)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from worker.engine.block_manager import BlockManager
 from worker.engine.sequence import Sequence
 
+_FEW = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -44,7 +46,10 @@ class Plan:
 class Scheduler:
     """Admits, preempts and plans. Not thread-safe: the engine's thread owns it."""
 
-    def __init__(self, blocks: BlockManager, *, max_sequences: int, budget: int) -> None:
+    def __init__(
+        self, blocks: BlockManager, *, max_sequences: int, budget: int, apart: bool = False
+    ) -> None:
+        """`apart`: a step either prefills or decodes, so that decoding ones have few shapes."""
         if budget < max_sequences:
             raise ValueError(
                 f"the token budget ({budget}) must be at least max_sequences ({max_sequences}): "
@@ -59,6 +64,8 @@ class Scheduler:
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
         self.preemptions = 0
         self._most = (max_sequences, budget)
+        self._apart = apart
+        self._filling = False
 
     @property
     def limited(self) -> bool:
@@ -98,26 +105,59 @@ class Scheduler:
     def plan(self) -> Plan:
         """The next step; empty if nothing can run (then the first one waiting is too large)."""
         plan = Plan()
-        budget = self.budget
         preempted = self.preemptions
-        for sequence in list(self.running):
-            if budget == 0:
-                break
-            if self.preemptions != preempted and sequence not in self.running:
-                continue  # preempted a moment ago
-            count = min(len(sequence.token_ids) - sequence.computed, budget)
-            if self._make_room(sequence, sequence.computed + count):
-                budget -= count
-                self._put(plan, sequence, count)
+        running = [sequence for sequence in self.running if not sequence.exhausted]
+        if self._apart:
+            prefilling = [sequence for sequence in running if sequence.pending > 1]
+            if prefilling or self._filling or self._admission_pays():
+                budget = self._go_on(plan, prefilling)
+                if self.preemptions == preempted:
+                    self._admit(plan, budget)
+                # Once seats are being filled, they all are.
+                self._filling = bool(plan.spans)
+                if plan.spans:
+                    return plan
+            self._go_on(plan, [sequence for sequence in running if sequence.pending == 1])
+            return plan
+        budget = self._go_on(plan, running)
         if self.preemptions == preempted:
             self._admit(plan, budget)
         return plan
 
+    def _go_on(self, plan: Plan, sequences: Many[Sequence]) -> int:
+        """Plans running sequences; what is left of the budget."""
+        budget = self.budget
+        preempted = self.preemptions
+        for sequence in sequences:
+            if budget == 0:
+                break
+            if self.preemptions != preempted and sequence not in self.running:
+                continue  # preempted a moment ago
+            count = min(sequence.pending, budget)
+            if self._make_room(sequence, sequence.computed + count):
+                budget -= count
+                self._put(plan, sequence, count)
+        return budget
+
+    def _admission_pays(self) -> bool:
+        """Whether a step that only prefills is worth it: while others decode, a sixteenth of the
+        seats and of the blocks should be free, for many small prefills cost more than few large."""
+        if not self._waiting:
+            return False
+        if not self.running:
+            return True
+        seats = self.max_sequences - len(self.running)
+        return (
+            seats * _FEW >= self.max_sequences
+            and self.blocks.available * _FEW >= self.blocks.num_blocks
+        )
+
     def _put(self, plan: Plan, sequence: Sequence, count: int) -> None:
         plan.spans.append(Span(sequence, sequence.computed, count))
         end = sequence.computed + count
-        if end // self.blocks.block_size > len(sequence.chain):
-            self.blocks.publish(sequence, end)
+        known = min(end, sequence.known)
+        if known // self.blocks.block_size > len(sequence.chain):
+            self.blocks.publish(sequence, known)
 
     def _make_room(self, sequence: Sequence, length: int) -> bool:
         """Blocks for a running sequence, if need be at the expense of the newest ones."""

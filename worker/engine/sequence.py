@@ -13,9 +13,13 @@ class Sequence:
     Index arithmetic: `[0, prompt_length)` is the prompt, `[prompt_length, length)` was generated,
     `[0, computed)` is valid in the KV cache. The token at `length - 1` has been chosen and not been
     computed yet, so while it decodes `computed == length - 1`.
+
+    A runner may start a step before the tokens of the one before are known here: `[known, length)`
+    has been chosen, or will be by a step under way, and is not in `token_ids` yet.
     """
 
     __slots__ = (
+        "ahead",
         "block_ids",
         "chain",
         "computed",
@@ -34,6 +38,8 @@ class Sequence:
         self.order = order
         """By arrival: unique, and kept over preemptions."""
         self.token_ids: list[int] = list(request.prompt_token_ids)
+        self.ahead = 0
+        """How many of its last tokens are not known yet."""
         self.computed = 0
         self.block_ids: list[int] = []
         """Its pages of the KV cache: block i holds positions [i * block_size, …)."""
@@ -44,8 +50,12 @@ class Sequence:
         """What identifies the content up to the end of each of its published blocks."""
 
     @property
-    def length(self) -> int:
+    def known(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def length(self) -> int:
+        return len(self.token_ids) + self.ahead
 
     @property
     def prompt_length(self) -> int:
@@ -53,12 +63,17 @@ class Sequence:
 
     @property
     def generated(self) -> int:
-        return len(self.token_ids) - len(self.request.prompt_token_ids)
+        return len(self.token_ids) + self.ahead - len(self.request.prompt_token_ids)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the tokens that are not known yet are the last that it may have."""
+        return self.ahead > 0 and self.generated >= self.request.max_new_tokens
 
     @property
     def pending(self) -> int:
         """Positions to be computed before the next token can be chosen; 1 while it decodes."""
-        return len(self.token_ids) - self.computed
+        return len(self.token_ids) + self.ahead - self.computed
 
     @property
     def rank(self) -> tuple[int, int]:

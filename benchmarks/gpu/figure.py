@@ -1,0 +1,74 @@
+"""3. The engine at work: 512 prompt and 256 output tokens, or prompts with many samples each."""
+
+from __future__ import annotations
+
+from common import (
+    floor,
+    limits,
+    make_engine,
+    make_model,
+    options,
+    prompts,
+    result,
+    run_requests,
+    say,
+)
+
+
+def main() -> None:
+    given = options(
+        __doc__, shape="8B", requests=2048, samples=1, prompt=512, out=256, sequences=1024,
+        budget=8192, context=2048, rounds=2, temperature=0.0, top_p=1.0,
+    )  # fmt: skip
+    name = f"figure-{given.shape}-{given.requests}x{given.samples}-{given.prompt}-{given.out}"
+    with result(name, given) as made:
+        made |= limits()
+        model = make_model(given.shape, context=given.context)
+        vocab = model.config.vocab_size
+        engine = make_engine(
+            model, sequences=given.sequences, budget=given.budget, context=given.context
+        )
+        made["engine"] = engine.name
+        requests = [
+            {"prompt": prompt, "out": given.out, "samples": given.samples}
+            for prompt in prompts(given.requests, given.prompt, vocab)
+        ]
+        # Twice and more through all sizes of a batch, so that their graphs are there.
+        warm = [
+            {"prompt": prompt, "out": 8 + place * 64 // given.sequences}
+            for place, prompt in enumerate(prompts(3 * given.sequences, 20, vocab, seed=2))
+        ]
+        engine.start()
+        try:
+            made["warm_seconds"] = run_requests(engine, warm)
+            say(f"warm after {made['warm_seconds']:.1f} s")
+            tokens = given.requests * given.samples * given.out
+            made["rates"] = []
+            for number in range(given.rounds):
+                steps = engine.stats().steps
+                took = run_requests(
+                    engine, requests, temperature=given.temperature, top_p=given.top_p
+                )
+                made["rates"].append(tokens / took)
+                say(f"round {number}: {tokens / took:,.0f} tokens/s, "
+                    f"{(engine.stats().steps - steps) / took:.0f} steps/s")  # fmt: skip
+                # What the round before left in the cache is none of this one's.
+                requests = [
+                    {**request, "prompt": prompt}
+                    for request, prompt in zip(
+                        requests,
+                        prompts(given.requests, given.prompt, vocab, seed=10 + number),
+                        strict=True,
+                    )
+                ]
+            least = floor(given.shape, given.prompt, given.out, given.sequences, made)
+            made["floor"] = given.out / least
+            made["share_of_floor"] = max(made["rates"]) / made["floor"]
+            say(f"floor {made['floor']:,.0f} tokens/s (each sample with a prompt of its own), "
+                f"reached {made['share_of_floor']:.0%}")  # fmt: skip
+        finally:
+            engine.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""The runner for CUDA on a CPU, with plain torch for its kernels and plain calls for its graphs."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.checkpoints import tiny_llama
+from tests.engines import PROMPTS, VOCAB, ask, tokens, wait
+from tests.worker.engine.test_torch_runner import LONG, MODELS, generated
+from worker.engine import cuda_step
+from worker.engine.block_manager import BlockManager
+from worker.engine.cuda_graphs import EAGER_USES, GraphCache, Step
+from worker.engine.cuda_memory import Use
+from worker.engine.cuda_model import fused_kernels
+from worker.engine.cuda_runner import CudaRunner
+from worker.engine.cuda_step import Layout, bucket, buckets, pack, parameters_of
+from worker.engine.engine import BatchEngine
+from worker.engine.runner import AheadRunner
+from worker.engine.scheduler import Plan, Scheduler, Span
+from worker.engine.sequence import Sequence
+from worker.engine.torch_runner import TorchRunner
+from worker.engine.triton_kernels import reference
+
+
+def fake_capture(step: Step) -> Step:
+    """A graph that calls the function again, and keeps its result where it was."""
+    result = step()
+
+    def replay() -> torch.Tensor:
+        result.copy_(step())
+        return result
+
+    return replay
+
+
+def runner_of(
+    model: Any, *, blocks: int = 40, kernels: Any = reference, max_sequences: int = 16
+) -> CudaRunner:
+    runner = CudaRunner(
+        model,
+        kernels=kernels,
+        vocab_size=VOCAB,
+        max_sequences=max_sequences,
+        max_rows=64,
+        context=256,
+        capture=fake_capture,
+    )
+    runner.make_cache(blocks)
+    return runner
+
+
+@pytest.fixture
+def started() -> Iterator[Any]:
+    made: list[BatchEngine] = []
+
+    def start(runner: Any, *, max_sequences: int = 16, budget: int = 64) -> BatchEngine:
+        manager = BlockManager(runner.num_blocks, runner.block_size)
+        scheduler = Scheduler(manager, max_sequences=max_sequences, budget=budget, apart=True)
+        engine = BatchEngine(runner, scheduler, 256)
+        made.append(engine)
+        engine.start()
+        return engine
+
+    yield start
+    for engine in made:
+        engine.stop(timeout=20)
+        assert engine.broken is None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_is_transformers_greedy(name: str, started: Any) -> None:
+    model = MODELS[name]()
+    prompts = [*PROMPTS, LONG]
+    wanted = generated(model, prompts, 32)
+    runner = runner_of(model)
+    assert isinstance(runner, AheadRunner)
+    engine = started(runner)
+    assert tokens(engine, *(ask(prompt, max_new_tokens=32) for prompt in prompts)) == [
+        tuple(row) for row in wanted
+    ]
+    assert len(runner._graphs) >= 1
+
+
+def test_the_kernels_themselves_give_the_same(started: Any) -> None:
+    wanted = generated(tiny_llama(), PROMPTS[:3], 6)
+    engine = started(runner_of(tiny_llama(), kernels=fused_kernels()))
+    got = tokens(engine, *(ask(prompt, max_new_tokens=6) for prompt in PROMPTS[:3]))
+    assert got == [tuple(row) for row in wanted]
+
+
+GIVEN: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 1.5, "top_p": 0.8},
+    {"temperature": 1.0, "top_k": 7},
+    {"temperature": 0.7, "min_p": 0.02},
+    {"temperature": 0.9, "top_k": 20, "top_p": 0.9},
+]
+SLOW: list[dict[str, Any]] = [
+    {"temperature": 1.0, "repetition_penalty": 1.3},
+    {"temperature": 0.7, "frequency_penalty": 0.5},
+    {"logprobs": 3},
+    {"min_tokens": 10, "temperature": 1.2},
+    {"logit_bias": {5: 4.0}, "temperature": 1.0},
+    {"allowed_token_ids": [3, 4, 5, 6, 7], "temperature": 1.0},
+]
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_samples_are_those_of_the_plain_runner(slow: bool, started: Any) -> None:
+    """In other company, other chunks, with few blocks: the same seeds choose the same tokens."""
+    rng = random.Random(5)
+    prefix = rng.choices(range(VOCAB), k=70)
+    requests = [
+        ask(
+            (*(prefix if place % 3 else ()), *rng.choices(range(VOCAB), k=length)),
+            seeds=(place,),
+            max_new_tokens=20,
+            **(SLOW + GIVEN if slow else GIVEN)[place % (12 if slow else 6)],
+        )
+        for place, length in enumerate([3, 40, 70, 17, 120, 1] * 2)
+    ]
+    plain = TorchRunner(tiny_llama(), vocab_size=VOCAB, num_blocks=128)
+    wanted = tokens(started(plain), *requests)
+    engine = started(runner_of(tiny_llama(), blocks=12), max_sequences=7, budget=37)
+    assert tokens(engine, *requests) == wanted
+    assert engine.scheduler.preemptions or engine.scheduler.blocks.hit_tokens
+
+
+def test_logits_that_are_not_finite_fail_their_own_sample(started: Any) -> None:
+    model = tiny_llama()
+    model.model.embed_tokens.weight.data[7] = torch.nan
+    engine = started(runner_of(model))
+    bad, good = engine.add(ask((3, 7, 4))), engine.add(ask((3, 5, 4)))
+    assert wait(bad).error_code == "engine_error"
+    assert wait(good).finish_reason == "length"
+    assert wait(engine.add(ask((3, 5, 4)))).token_ids == wait(good).token_ids
+
+
+def test_the_largest_steps_can_be_tried(started: Any) -> None:
+    """What the card is measured by: it needs few blocks, and leaves nothing behind."""
+    runner = runner_of(tiny_llama(), blocks=3)
+    for _ in range(2):
+        runner.largest_prefill()
+        runner.largest_decode()
+    assert not runner._parameters
+    runner.make_cache(40)
+    wanted = generated(tiny_llama(), PROMPTS, 8)
+    got = tokens(started(runner), *(ask(prompt, max_new_tokens=8) for prompt in PROMPTS))
+    assert got == [tuple(row) for row in wanted]
+
+
+def test_the_cache_gets_what_is_left() -> None:
+    gib = 1 << 30
+    use = Use(total=140 * gib, used=16 * gib, prefill=4 * gib, decode=2 * gib)
+    assert use.cache == int(0.92 * 140 * gib) - 16 * gib - int(1.1 * 6 * gib) - gib // 2
+    assert Use(total=10 * gib, used=9 * gib, prefill=gib, decode=gib).cache == 0
+
+
+# The parts.
+
+
+def sequence(length: int, known: int | None = None, blocks: int = 0) -> Sequence:
+    made = Sequence(ask(tuple(range(2, 2 + length)), temperature=0.5, top_k=9), 0, 0)
+    if known is not None:
+        made.ahead = length - known
+        del made.token_ids[known:]
+    made.block_ids = list(range(blocks))
+    return made
+
+
+def test_a_step_is_packed_into_one_array() -> None:
+    first, second, third = sequence(70, blocks=2), sequence(5, known=4, blocks=1), sequence(1)
+    third.block_ids = [9]
+    spans = [Span(first, 66, 3), Span(second, 4, 1), Span(third, 0, 1)]
+    assert [span.chooses for span in spans] == [False, True, True]
+    layout = Layout(rows=7, choices=3)
+    array = np.full(200, -7, np.int32)
+    columns = [parameters_of(each, VOCAB) for each in (second, third)]
+    used = pack(array, layout, spans, columns, {id(second): 3})
+    views = layout.views(array)
+    assert views["tokens"].tolist() == [68, 69, 70, -4, 2, 0, 0]
+    assert views["positions"].tolist() == [66, 67, 68, 4, 0, -1, -1]
+    assert views["first"].tolist() == [0, 0, 0, 2, 3, 0, 0]
+    assert views["ends"].tolist()[:2] == [3, 4]
+    # How many were generated before, the unknown one included.
+    assert second.generated == 0
+    assert views["places"].tolist() == [0, 0, 0]
+    assert views["parameters"][2].view(np.float32).tolist() == [0.5, 0.5, 0.0]
+    assert views["parameters"][3].tolist() == [9, 9, 0]
+    assert views["blocks"][: used - layout.size].tolist() == [0, 1, 0, 9]
+
+
+def test_the_parts_of_a_step_do_not_overlap() -> None:
+    for rows, choices in ((1, 1), (5, 2), (16, 16)):
+        layout = Layout(rows, choices)
+        array = np.zeros(layout.size + 3, np.int32)
+        for view in layout.views(array).values():
+            view += 1
+        assert array.max() == 1
+
+
+def test_buckets() -> None:
+    assert buckets(1) == [1]
+    assert buckets(7) == [1, 2, 4, 7]
+    assert buckets(256)[-2:] == [224, 256]
+    assert [bucket(rows, 256) for rows in (1, 3, 33, 200, 256, 257)] == [1, 4, 48, 224, 256, None]
+    for most in (1, 5, 64, 100, 256, 1000, 1024, 2000):
+        assert buckets(most) == sorted(set(buckets(most)))
+        assert buckets(most)[-1] == most
+
+
+def test_decoding_steps_are_told_from_others() -> None:
+    one, two = sequence(5), sequence(9)
+    assert cuda_step.decodes(Plan([Span(one, 4, 1), Span(two, 8, 1)]))
+    assert not cuda_step.decodes(Plan([Span(one, 3, 1)]))
+    assert not cuda_step.decodes(Plan([Span(one, 3, 2)]))
+    spans, long = cuda_step.ordered(Plan([Span(one, 4, 1), Span(two, 0, 9)]))
+    assert ([span.sequence for span in spans], long) == ([two, one], 1)
+
+
+def test_graphs_are_captured_once_a_size_comes_again() -> None:
+    calls: list[str] = []
+
+    def step() -> torch.Tensor:
+        calls.append("step")
+        return torch.zeros(1)
+
+    def capture(given: Step) -> Step:
+        calls.append("capture")
+        return lambda: given()
+
+    graphs = GraphCache(capture)
+    for _ in range(EAGER_USES + 3):
+        graphs.run(4, step)
+    graphs.run(8, step)
+    assert calls == ["step"] * EAGER_USES + ["capture"] + ["step"] * 4
+    assert len(graphs) == 1
+
+
+def test_without_graphs_it_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    def capture(step: Step) -> Step:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphs = GraphCache(capture)
+    with caplog.at_level(logging.WARNING, "nightherd.engine"):
+        for size in (1, 2):
+            for _ in range(EAGER_USES + 2):
+                assert graphs.run(size, lambda: torch.ones(1)) == 1
+    assert len(caplog.records) == 1
