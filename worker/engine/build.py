@@ -15,6 +15,7 @@ from worker.engine.block_manager import BlockManager
 from worker.engine.cpu_library import BLOCK, LibraryError
 from worker.engine.engine import BatchEngine
 from worker.engine.interface import Engine
+from worker.engine.openmp import end_team
 from worker.engine.runner import ModelRunner
 from worker.engine.scheduler import Scheduler
 from worker.engine.weights import Shape, UnsupportedModelError, embedding, shape_of
@@ -84,6 +85,7 @@ def build_engine(
             )
     from worker.engine.reference import GenerateEngine
 
+    end_team()
     return GenerateEngine(
         model,
         vocab_size=vocab_size,
@@ -107,12 +109,12 @@ def _batch_engine(
     on_cpu = device.type == "cpu"
     sequences = options.max_batch or (_CPU_SEQUENCES if on_cpu else _CUDA_SEQUENCES)
     budget = max(sequences, options.budget or (_CPU_BUDGET if on_cpu else _CUDA_BUDGET))
-    blocks = _blocks(shape, dtype, context, sequences, on_cpu, available, options)
     threads = options.threads or len(os.sched_getaffinity(0))
     runner: ModelRunner | None = None
     if on_cpu and options.kind in ("auto", "kernels"):
         from worker.engine.cpu_runner import CpuRunner
 
+        blocks = _blocks(shape, dtype, context, sequences, on_cpu, available, options)
         try:
             runner = CpuRunner(
                 model,
@@ -135,11 +137,15 @@ def _batch_engine(
                 error,
             )
     if runner is None:
+        from worker.engine.attention import CACHE_DTYPE
         from worker.engine.torch_runner import TorchRunner
 
         if on_cpu:
             torch.set_num_threads(threads)
+        blocks = _blocks(shape, CACHE_DTYPE, context, sequences, on_cpu, available, options)
         runner = TorchRunner(model, vocab_size=vocab_size, num_blocks=blocks, block_size=BLOCK)
+        if on_cpu:
+            end_team()
     manager = BlockManager(blocks, runner.block_size, prefix_cache=options.prefix_cache)
     log.info(
         "engine %s: a KV cache of %s tokens, %d sequences at once, %d rows a step%s",
