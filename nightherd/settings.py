@@ -66,6 +66,12 @@ class Settings(BaseModel):
         description="How long a worker's right to its chunks, or a beat's to a firing, lasts "
         "unrenewed.",
     )
+    poison_deaths: int = Field(
+        default=8,
+        ge=1,
+        description="How many workers must die with a request, alone in them, until it fails as "
+        "`poison`.",
+    )
     renew_seconds: float = Field(
         default=10.0, gt=0, description="How often a worker, or a beat, renews its lease."
     )

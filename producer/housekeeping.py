@@ -92,7 +92,10 @@ class Housekeeper:
         suspects = self._database.retrying(leases.suspects, reading=True, patience=0)
         if not suspects or self._clock() - asked > self._gap:
             return []
-        dead = self._database.retrying(lambda connection: leases.reap(connection, suspects))
+        limit = self._settings.poison_deaths
+        dead = self._database.retrying(
+            lambda connection: leases.reap(connection, suspects, poison_deaths=limit)
+        )
         for worker_id in dead:
             log.warning("worker %s is dead: its lease lapsed; chunks returned", worker_id)
         return dead

@@ -203,9 +203,13 @@ def lapse(database: Database, *worker_ids: str) -> None:
         )
 
 
+POISON_DEATHS = 3
+
+
 def reap(database: Database) -> list[str]:
     with database.write() as connection:
-        return leases.reap(connection, leases.suspects(connection))
+        suspects = leases.suspects(connection)
+        return leases.reap(connection, suspects, poison_deaths=POISON_DEATHS)
 
 
 def die(database: Database, worker_id: str) -> None:

@@ -28,9 +28,6 @@ from models.worker import LIVE_WORKER_STATES, ServedCheckpoint, Sweep, Worker
 ChunkRow = Row[*tuple[Any, ...]]
 """A row of `CHUNK_COLUMNS`."""
 
-POISON_DEATHS = SOLO_DEATHS + 3
-"""A single request that was alone at three deaths is the cause."""
-
 
 @dataclass(frozen=True, slots=True)
 class NewWorker:
@@ -119,7 +116,11 @@ def return_chunk(connection: Connection, worker_id: str, chunk_id: int, job_id: 
 
 
 def _return_chunks(
-    connection: Connection, which: ColumnElement[bool], *, dead: Collection[str] = ()
+    connection: Connection,
+    which: ColumnElement[bool],
+    *,
+    dead: Collection[str] = (),
+    poison_deaths: int = 0,
 ) -> int:
     """Returns running chunks to the queue; those of `dead` workers have one more death."""
     running = one_of(Chunk.state, "running")
@@ -139,7 +140,7 @@ def _return_chunks(
         )
         returned += hit.rowcount
         if hit.rowcount and died:
-            _contain(connection, row.id)
+            _contain(connection, row.id, poison_deaths)
     return returned
 
 
@@ -158,11 +159,12 @@ def _live() -> Select[str]:
     return select(Worker.id).where(one_of(Worker.state, *LIVE_WORKER_STATES))
 
 
-def reap(connection: Connection, of: Sequence[str]) -> list[str]:
+def reap(connection: Connection, of: Sequence[str], *, poison_deaths: int) -> list[str]:
     """Declares those of `of` dead whose lease lapsed and returns their chunks, in one transaction.
 
-    Returns the ids of the dead. Only what runs on them now counts as a death, not a chunk that a
-    worker claimed after it had ended: nothing has computed it.
+    Returns the ids of the dead. A request that was alone at `poison_deaths` deaths fails. Only what
+    runs on them now counts as a death, not a chunk that a worker claimed after it had ended:
+    nothing has computed it.
     """
     dead = list(
         connection.execute(
@@ -180,15 +182,20 @@ def reap(connection: Connection, of: Sequence[str]) -> list[str]:
         connection.execute(
             update(Worker).where(Worker.id.in_(dead)).values(state="dead", speed=0.0)
         )
-    _return_chunks(connection, Chunk.worker_id.in_(of) & Chunk.worker_id.not_in(_live()), dead=dead)
+    _return_chunks(
+        connection,
+        Chunk.worker_id.in_(of) & Chunk.worker_id.not_in(_live()),
+        dead=dead,
+        poison_deaths=poison_deaths,
+    )
     return dead
 
 
-def _contain(connection: Connection, chunk_id: int) -> None:
+def _contain(connection: Connection, chunk_id: int, poison_deaths: int) -> None:
     """Narrows down what kills workers: halves a chunk at its second death and at each further.
 
     Parts are claimed solo, so a bystander is never condemned. A single request left alone that
-    dies three times more fails as `poison`.
+    dies `poison_deaths` times more fails as `poison`.
     """
     chunk = connection.execute(select(*CHUNK_COLUMNS).where(Chunk.id == chunk_id)).one()
     if chunk.deaths < SOLO_DEATHS or chunk.state != "queued":
@@ -203,7 +210,7 @@ def _contain(connection: Connection, chunk_id: int) -> None:
     )
     if len(pending) > 1:
         _split(connection, chunk, pending)
-    elif len(pending) == 1 and chunk.deaths >= POISON_DEATHS:
+    elif len(pending) == 1 and chunk.deaths >= SOLO_DEATHS + poison_deaths:
         _condemn(connection, chunk, pending[0])
     elif not pending:
         _close_empty(connection, chunk)
@@ -289,7 +296,8 @@ def _condemn(connection: Connection, chunk: ChunkRow, request: PendingRequest) -
                 "logprobs": None,
                 "error_code": "poison",
                 "error_message": f"{chunk.deaths} workers died while they ran this request, the "
-                "last three with nothing else in hand; see the workers' logs",
+                f"last {chunk.deaths - SOLO_DEATHS} with nothing else in hand; see the workers' "
+                "logs",
                 "seed": None,
                 "worker_id": None,
                 "parameter_set_id": None,

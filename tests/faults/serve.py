@@ -278,7 +278,9 @@ def _inject_signal(place: str, options: Options, ledger: Ledger) -> None:
                 if mine:
                     ledger.add("signal", options.signal)
                     with _writing:
-                        os.kill(os.getpid(), signal.Signals[options.signal])
+                        # To this thread: one to the process may be another's to take, and this one
+                        # would go on, into a transaction, until all have stopped.
+                        signal.pthread_kill(threading.get_ident(), signal.Signals[options.signal])
             return original(*args, **given)
 
         return replacement

@@ -28,6 +28,7 @@ def _start_again(fleet: Fleet, workers: list[Process]) -> int:
 def _poison_among(
     fleet: Fleet, others: int, *, chunk_size: int, beside: int, seconds: float
 ) -> None:
+    fleet.variables["NIGHTHERD_POISON_DEATHS"] = "3"
     fleet.start_beat()
     workers = fleet.start_many(2, die_on=POISON, step_seconds=0.002)
     prompts = [f"prompt {number}" for number in range(others)]

@@ -170,18 +170,8 @@ def test_sigterm_five_times_sigint_and_sigquit(fleet: Fleet) -> None:
     assert fleet.deaths() == 0
 
 
-def test_zombie_worker(postgresql_fleet: Fleet) -> None:
+def test_zombie_worker(fleet: Fleet) -> None:
     """It stands still in front of a commit, past its lease, and goes on with that commit."""
-    _stands_still_before_a_commit(postgresql_fleet)
-
-
-@pytest.mark.faults
-def test_zombie_worker_on_sqlite(sqlite_fleet: Fleet) -> None:
-    """On a busy machine it may stand still with the file's lock: then nobody else can start."""
-    _stands_still_before_a_commit(sqlite_fleet)
-
-
-def _stands_still_before_a_commit(fleet: Fleet) -> None:
     zombie = fleet.start(
         step_seconds=0.005,
         at=COMMIT,

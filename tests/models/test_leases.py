@@ -18,6 +18,7 @@ from models.store.chunks import Claim
 from models.worker import ServedCheckpoint, Worker
 from tests.seeding import (
     KEY,
+    POISON_DEATHS,
     as_save,
     check_sums,
     claim,
@@ -133,7 +134,7 @@ def test_a_lease_that_is_not_over_is_left_alone(database: Database) -> None:
     claim(database, worker)
     with database.write() as connection:
         assert leases.suspects(connection) == []
-        assert leases.reap(connection, [worker]) == []
+        assert leases.reap(connection, [worker], poison_deaths=3) == []
     assert worker_state(database, worker) == "ready"
 
 
@@ -145,7 +146,7 @@ def test_only_suspects_are_reaped(database: Database) -> None:
     assert suspects == [first]
     lapse(database, second)
     with database.write() as connection:
-        assert leases.reap(connection, suspects) == [first]
+        assert leases.reap(connection, suspects, poison_deaths=3) == [first]
     assert worker_state(database, second) == "ready"
 
 
@@ -155,7 +156,7 @@ def test_a_suspect_that_renewed_meanwhile_lives(database: Database) -> None:
         suspects = leases.suspects(connection)
     renew(database, worker)
     with database.write() as connection:
-        assert leases.reap(connection, suspects) == []
+        assert leases.reap(connection, suspects, poison_deaths=3) == []
     assert worker_state(database, worker) == "ready"
 
 
@@ -214,7 +215,7 @@ def test_ten_reapers_at_once_bury_each_worker_once(database: Database) -> None:
 
     def work(_: int) -> list[str]:
         start.wait()
-        return database.retrying(lambda c: leases.reap(c, leases.suspects(c)))
+        return database.retrying(lambda c: leases.reap(c, leases.suspects(c), poison_deaths=3))
 
     with ThreadPoolExecutor(10) as pool:
         buried = [worker for some in pool.map(work, range(10)) for worker in some]
@@ -239,7 +240,7 @@ def test_a_worker_that_leaves_while_it_is_reaped(postgresql_database: Database) 
 
     with ThreadPoolExecutor(1) as pool:
         with database.write() as connection:
-            assert leases.reap(connection, [worker]) == [worker]
+            assert leases.reap(connection, [worker], poison_deaths=3) == [worker]
             leaving = pool.submit(leave)
             with pytest.raises(TimeoutError):
                 leaving.result(0.3)
@@ -359,7 +360,7 @@ def test_a_worker_that_died_after_its_last_save_leaves_nothing_to_split(
 
 def test_a_single_request_is_condemned_after_three_deaths_alone(database: Database) -> None:
     job_id = make_job(database, 1, samples=2)
-    for deaths in range(1, leases.POISON_DEATHS):
+    for deaths in range(1, chunks.SOLO_DEATHS + POISON_DEATHS):
         (held,) = die_with_all(database)
         assert held.solo == (deaths > chunks.SOLO_DEATHS)
         assert job_results(database, job_id) == {}
@@ -371,13 +372,13 @@ def test_a_single_request_is_condemned_after_three_deaths_alone(database: Databa
     with database.read() as connection:
         message = connection.execute(select(Result.error_message)).scalars().first()
     assert message is not None
-    assert "5 workers died while they ran this request" in message
+    assert "5 workers died while they ran this request, the last 3 with nothing else" in message
 
 
 def test_a_death_of_a_condemned_one_cannot_be_saved_late(database: Database) -> None:
     """The last victim was a zombie: its result comes after the verdict, and is refused."""
     job_id = make_job(database, 1)
-    for _ in range(leases.POISON_DEATHS - 1):
+    for _ in range(chunks.SOLO_DEATHS + POISON_DEATHS - 1):
         die_with_all(database)
     zombie = make_worker(database)
     held = claim(database, zombie)

@@ -51,7 +51,7 @@ WORK: dict[str, Work] = {
     "keys": lambda c, job_id, worker: chunks.keys_with_work(c),
     "slots": lambda c, job_id, worker: chunks.live_slots(c, KEY),
     "suspects": lambda c, job_id, worker: leases.suspects(c),
-    "reap": lambda c, job_id, worker: leases.reap(c, leases.suspects(c)),
+    "reap": lambda c, job_id, worker: leases.reap(c, leases.suspects(c), poison_deaths=3),
     "leave": lambda c, job_id, worker: leases.leave(c, worker),
     "complete": lambda c, job_id, worker: jobs.complete_all(c),
     "cancel": lambda c, job_id, worker: jobs.cancel(c, job_id),

@@ -30,7 +30,9 @@ def _lapse(house: House) -> None:
         connection.execute(
             update(Worker).where(Worker.id == house.identity.id).values(lease_until=db_now(-1))
         )
-        assert leases.reap(connection, leases.suspects(connection)) == [house.identity.id]
+        assert leases.reap(connection, leases.suspects(connection), poison_deaths=3) == [
+            house.identity.id
+        ]
 
 
 def test_a_lease_is_renewed_again_and_again(

@@ -452,6 +452,8 @@ def test_what_a_broken_engine_aborted_stays_claimed_and_what_it_finished_is_save
         house.lease.lapse()
         time.sleep(0.01)
         with sqlite_database.write() as connection:
-            assert leases.reap(connection, leases.suspects(connection)) == [house.identity.id]
+            assert leases.reap(connection, leases.suspects(connection), poison_deaths=3) == [
+                house.identity.id
+            ]
         (chunk,) = house.chunks(job)
         assert (chunk.state, chunk.deaths, chunk.failed) == ("queued", 1, 1)

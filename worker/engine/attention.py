@@ -1,14 +1,19 @@
 """Paged attention in plain torch: for machines without a compiler, and what kernels are held to.
 
-All rows of a step, prefill and decode alike, go the same way: 16 rows of queries at a time against
-blocks of 64 keys from position 0, with an online softmax in float32 (Milakov and Gimelshein 2018).
-So a row's result is a function of its query and of the keys and values up to its position alone:
-neither the company, nor the chunks of a prefill, nor a second computation change a bit of it.
+All rows of a step, prefill and decode alike, go the same way. A tile, four rows of queries, meets
+one page of 32 keys in one matrix product, whose shape never changes; the softmax takes its maximum
+over all pages that a row sees, and sums page by page from position 0. So a row's result is a
+function of its query and of the keys and values up to its position alone: neither the company, nor
+the chunks of a prefill, nor a second computation change a bit of it.
+
+Keys and values are multiplied where they lie, as batches of pages, because gathering them takes
+several times as long. Pages that one tile meets are computed in runs of neighbours; a page that
+many meet, as in a prefill or a shared prefix, once for each of them, by a stride of zero.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -19,43 +24,56 @@ import torch
 from worker.engine.scheduler import Span
 from worker.engine.weights import Shape
 
-TILE_ROWS = 16
+TILE_ROWS = 4
 """Rows of a tile, each one head's query at one position; more only where a key-value head serves
-more query heads."""
-KEY_BLOCK = 64
-"""Keys that a tile meets at a time, whatever the size of the cache's own blocks."""
-SCRATCH_BYTES = 64 * 2**20
-"""Of the keys and values gathered at a time."""
+more query heads. Products of fewer rows take as long."""
+PAGE = 32
+"""Keys that a tile meets at a time; the cache's blocks consist of such pages."""
+CACHE_DTYPE = torch.float32
+"""Whatever the model computes in: widening what a step reads takes longer than the step."""
+SCRATCH_BYTES = 16 * 2**20
+"""Of the scores and sums that are computed together."""
+_GAP = 8
+"""Pages for nobody that a run computes rather than ends: a call costs more than a few pages."""
 
 _Ints = npt.NDArray[np.int64]
 
 
-@dataclass(slots=True)
-class _KeyBlock:
-    """A block of keys, for the tiles of a part that reach it: its first `tiles`."""
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Pairs of a tile and a page with consecutive places: [first, first + count)."""
 
-    tiles: int
-    pages: torch.Tensor
-    """The blocks of the cache that have them, [tiles * pages of a block of keys]."""
-    hidden: torch.Tensor
-    """Which keys each row must not see, [tiles that hide any, tile rows, KEY_BLOCK]. Those are the
-    last ones: they have the fewest keys."""
+    page: int
+    """Of the first pair."""
+    first: int
+    count: int
+    shared: bool
+    """Whether all pairs are of this page; else each is of the page after the last one's."""
 
 
 @dataclass(slots=True)
 class _Part:
-    """Tiles that are computed together, those with the most keys first."""
+    """Tiles that are computed together, those with the most pages first."""
 
     rows: torch.Tensor
     """The step's row of each query, [tiles, queries]."""
-    blocks: list[_KeyBlock]
+    tile_of: torch.Tensor
+    """Each pair's tile, [pairs]; any tile for a pair that nobody asks about."""
+    places: torch.Tensor
+    """Each tile's pairs from position 0 on, [tiles, most pages], filled up with the first one."""
+    tiles: list[int]
+    """For each of those pages in turn, how many tiles reach it."""
+    partly: torch.Tensor
+    """Pairs with keys that some row must not see, [partly]."""
+    hidden: torch.Tensor
+    """Which, [partly, 1, tile rows, PAGE]."""
+    groups: list[_Group]
 
 
 class PagedAttention:
     """The KV cache of all layers, and attention over it.
 
-    For each step `prepare`, then for each layer `write` and `attend`. Positions live in slots:
-    position p of a sequence is slot `block_ids[p // block_size] * block_size + p % block_size`.
+    For each step `prepare`, then for each layer `write` and `attend`.
     """
 
     def __init__(
@@ -66,30 +84,29 @@ class PagedAttention:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """`dtype` is that of queries and results. Raises `ValueError` for blocks that do not
+        consist of whole pages."""
+        if block_size % PAGE:
+            raise ValueError(f"a block of {block_size} positions: must be a multiple of {PAGE}")
         self._shape = shape
         self._block_size = block_size
-        self._page_size = math.gcd(block_size, KEY_BLOCK)
-        """Keys that always lie together, in the cache and in a block of keys."""
+        self._dtype = dtype
         self._device = device
         self._group = shape.heads // shape.kv_heads
         self._queries = max(1, TILE_ROWS // self._group)
         """Positions of a tile; each has a row for every query head of the key-value head."""
         self._tile_rows = -(-self._queries * self._group // TILE_ROWS) * TILE_ROWS
-        # Zeros: `attend` gives weight zero to what is in a block beyond a row's position, which
+        # Zeros: `attend` gives weight zero to what is in a page beyond a row's position, which
         # must be finite for that. `write` sees to it that it stays so.
-        size = (shape.kv_heads, num_blocks * block_size, shape.head_dim)
+        size = (num_blocks * block_size // PAGE, shape.kv_heads, PAGE, shape.head_dim)
         self._keys, self._values = (
-            [torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.layers)]
+            [torch.zeros(size, dtype=CACHE_DTYPE, device=device) for _ in range(shape.layers)]
             for _ in range(2)
         )
         self._slots = torch.empty(0, dtype=torch.int64)
         self._places = torch.empty(0, dtype=torch.int64)
         self._parts: list[_Part] = []
-
-    @staticmethod
-    def bytes_per_block(shape: Shape, block_size: int, dtype: torch.dtype) -> int:
-        """Bytes of one block of the KV cache, all layers together."""
-        return 2 * shape.layers * shape.kv_width * block_size * dtype.itemsize
+        self._scratch = torch.empty(0, device=device)
 
     def prepare(self, spans: Many[Span], padded_rows: int) -> torch.Tensor:
         """Takes in where the step's rows are; their positions, int64 [padded_rows].
@@ -98,33 +115,46 @@ class PagedAttention:
         nothing, and get position 0.
         """
         layout = _Layout(spans, self._queries)
-        table = _table(spans)
-        size = self._block_size
-        self._slots = self._tensor(
-            table[layout.span_of_row, layout.positions // size] * size + layout.positions % size
-        )
+        table = _pages(spans, self._block_size)
+        pages = table[layout.span_of_row, layout.positions // PAGE]
+        heads = pages[:, None] * self._shape.kv_heads + np.arange(self._shape.kv_heads)
+        self._slots = self._tensor((heads * PAGE + layout.positions[:, None] % PAGE).reshape(-1))
         places = np.zeros(padded_rows, np.int64)
         places[: len(layout.places)] = layout.places
         self._places = self._tensor(places)
-        tile_bytes = 8 * self._shape.kv_heads * KEY_BLOCK * self._shape.head_dim
-        step = max(1, SCRATCH_BYTES // tile_bytes)
-        self._parts = [
-            self._part(layout, table, slice(first, first + step))
-            for first in range(0, len(layout.span_of_tile), step)
-        ]
+        self._parts = [self._part(layout, table, tiles) for tiles in self._split(layout)]
+        most = max(len(part.tile_of) for part in self._parts) * self._pair_size
+        if most > len(self._scratch):
+            self._scratch = torch.empty(most, device=self._device)
         positions = np.zeros(padded_rows, np.int64)
         positions[: len(layout.positions)] = layout.positions
         return self._tensor(positions)
 
+    @property
+    def _pair_size(self) -> int:
+        """Numbers that a pair takes while it is computed: queries, scores, sums."""
+        return self._shape.kv_heads * self._tile_rows * (2 * self._shape.head_dim + PAGE)
+
+    def _split(self, layout: _Layout) -> Iterator[slice]:
+        """Tiles by the part that they belong to."""
+        ends = np.cumsum(layout.last // PAGE + 1)
+        most = max(1, SCRATCH_BYTES // (4 * self._pair_size))
+        first, done = 0, 0
+        while first < len(ends):
+            stop = max(first + 1, int(np.searchsorted(ends, done + most, side="right")))
+            yield slice(first, stop)
+            first, done = stop, int(ends[stop - 1])
+
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keys, rotated, and values of the step's rows: each [padded rows, kv_heads, head_dim]."""
-        rows = self._slots.shape[0]
-        key, value = key[:rows].transpose(0, 1), value[:rows].transpose(0, 1)
+        size = self._shape.head_dim
+        rows = len(self._slots) // self._shape.kv_heads
+        key, value = key[:rows].float().reshape(-1, size), value[:rows].float().reshape(-1, size)
         # A value that is not finite would reach even those that give it weight zero: earlier
         # positions, and later owners of the block. The key, which they never look at, becomes NaN
         # for it.
-        self._keys[layer].index_copy_(1, self._slots, key + value * 0)
-        self._values[layer].index_copy_(1, self._slots, value.nan_to_num())
+        self._keys[layer].view(-1, size).index_copy_(0, self._slots, key + value * 0)
+        self._values[layer].view(-1, size).index_copy_(0, self._slots, value.nan_to_num())
 
     def attend(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         """Attention of the step's rows: from rotated queries [padded rows, heads, head_dim] to
@@ -133,75 +163,132 @@ class PagedAttention:
         query = query.float() * shape.head_dim**-0.5
         query = query.view(-1, shape.kv_heads, self._group, shape.head_dim)
         outputs = torch.cat([self._attend_part(layer, query, part) for part in self._parts])
-        outputs = outputs.to(self._keys[layer].dtype)
-        return outputs.index_select(0, self._places)
+        return outputs.to(self._dtype).index_select(0, self._places)
 
     def _attend_part(self, layer: int, query: torch.Tensor, part: _Part) -> torch.Tensor:
         """[tiles * queries, heads * head_dim], float32."""
-        kv_heads, head_dim = self._shape.kv_heads, self._shape.head_dim
-        tiles, used = part.rows.shape[0], self._queries * self._group
-        rows = query.new_zeros(kv_heads, tiles, self._tile_rows, head_dim)
-        picked = query.index_select(0, part.rows.flatten())
-        picked = picked.view(tiles, self._queries, kv_heads, self._group, head_dim)
-        rows[:, :, :used] = picked.permute(2, 0, 1, 3, 4).reshape(kv_heads, tiles, used, head_dim)
+        queries, scores, sums = self._buffers(len(part.tile_of))
+        torch.index_select(self._tiles(query, part), 0, part.tile_of, out=queries)
+        self._multiply(queries, self._keys[layer].transpose(2, 3), scores, part.groups)
+        visible = scores.index_select(0, part.partly).masked_fill_(part.hidden, -torch.inf)
+        scores.index_copy_(0, part.partly, visible)
 
-        maximum = rows.new_full((kv_heads, tiles, self._tile_rows, 1), -torch.inf)
-        total = torch.zeros_like(maximum)
-        sums = torch.zeros_like(rows)
-        for block in part.blocks:
-            live = slice(0, block.tiles)
-            # Whole pages: slot by slot it takes several times as long.
-            key, value = (
-                cache[layer]
-                .view(kv_heads, -1, self._page_size * head_dim)
-                .index_select(1, block.pages)
-                .float()
-                .view(kv_heads * block.tiles, KEY_BLOCK, head_dim)
-                for cache in (self._keys, self._values)
-            )
-            queries = rows[:, live].reshape(-1, self._tile_rows, head_dim)
-            weights = torch.bmm(queries, key.transpose(1, 2))
-            weights = weights.view(kv_heads, block.tiles, self._tile_rows, KEY_BLOCK)
-            weights[:, block.tiles - len(block.hidden) :].masked_fill_(block.hidden, -torch.inf)
-            # Finite from the first block on: every row sees position 0.
-            new = torch.maximum(maximum[:, live], weights.amax(-1, keepdim=True))
-            kept = (maximum[:, live] - new).exp_()
-            weights.sub_(new).exp_()
-            total[:, live] = total[:, live] * kept + weights.sum(-1, keepdim=True)
-            added = torch.bmm(weights.view(-1, self._tile_rows, KEY_BLOCK), value)
-            sums[:, live] = sums[:, live] * kept + added.view(kv_heads, block.tiles, -1, head_dim)
-            maximum[:, live] = new
-        done = (sums / total)[:, :, :used]
-        done = done.view(kv_heads, tiles, self._queries, self._group, head_dim)
-        return done.permute(1, 2, 0, 3, 4).reshape(tiles * self._queries, -1)
+        # Finite: every row sees position 0.
+        highest = _of_tiles(scores.amax(-1), part).amax(1)
+        scores.sub_(highest.index_select(0, part.tile_of)[..., None]).exp_()
+        self._multiply(scores, self._values[layer], sums, part.groups)
+        done = _summed(sums, part) / _summed(scores.sum(-1), part)[..., None]
+        tiles, kv_heads = len(part.rows), self._shape.kv_heads
+        done = done[:, :, : self._queries * self._group]
+        done = done.reshape(tiles, kv_heads, self._queries, self._group, -1)
+        return done.transpose(1, 2).reshape(tiles * self._queries, -1)
+
+    def _buffers(self, pairs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, scores and sums of so many pairs, each [pairs, kv_heads, tile rows, size]."""
+        size = (pairs, self._shape.kv_heads, self._tile_rows)
+        made, begin = [], 0
+        for width in (self._shape.head_dim, PAGE, self._shape.head_dim):
+            end = begin + pairs * size[1] * size[2] * width
+            made.append(self._scratch[begin:end].view(*size, width))
+            begin = end
+        return made[0], made[1], made[2]
+
+    def _tiles(self, query: torch.Tensor, part: _Part) -> torch.Tensor:
+        """Queries, [tiles, kv_heads, tile rows, head_dim]; zeros where a tile has no row."""
+        shape, used = self._shape, self._queries * self._group
+        tiles = len(part.rows)
+        picked = query.index_select(0, part.rows.flatten())
+        picked = picked.view(tiles, self._queries, shape.kv_heads, self._group, shape.head_dim)
+        rows = query.new_zeros(tiles, shape.kv_heads, self._tile_rows, shape.head_dim)
+        rows[:, :, :used] = picked.transpose(1, 2).flatten(2, 3)
+        return rows
+
+    def _multiply(
+        self, left: torch.Tensor, pages: torch.Tensor, out: torch.Tensor, groups: list[_Group]
+    ) -> None:
+        """Each pair's rows by its page: `left` [pairs, kv_heads, tile rows, n], `pages`
+        [pages, kv_heads, n, m], into `out` [pairs, kv_heads, tile rows, m]."""
+        for group in groups:
+            some = slice(group.first, group.first + group.count)
+            if group.shared:
+                for head, page in enumerate(pages[group.page]):
+                    right = page.expand(group.count, -1, -1)
+                    # Into a result of its own: in parts of another, torch multiplies one by one.
+                    out[some, head] = torch.bmm(left[some, head], right)
+            else:
+                right = pages[group.page : group.page + group.count].flatten(0, 1)
+                torch.bmm(left[some].flatten(0, 1), right, out=out[some].flatten(0, 1))
 
     def _part(self, layout: _Layout, table: _Ints, tiles: slice) -> _Part:
-        positions = layout.tile_positions[tiles]
-        tables = table[layout.span_of_tile[tiles]]
         last = layout.last[tiles]
+        counts = last // PAGE + 1
+        tile_of = np.repeat(np.arange(len(counts)), counts)
+        turn = np.arange(len(tile_of)) - _before(counts)[tile_of]
+        place_of, groups, pairs = _grouped(table[layout.span_of_tile[tiles]][tile_of, turn])
+
+        tile_of_pair = np.zeros(pairs, np.int64)
+        tile_of_pair[place_of] = tile_of
+        places = np.repeat(place_of[turn == 0][:, None], counts[0], axis=1)
+        places[tile_of, turn] = place_of
+
+        # Of each row its position; a row that a tile only has for its shape sees as the last one.
+        positions = layout.tile_positions[tiles]
         rows = np.repeat(last[:, None], self._tile_rows, axis=1)
         rows[:, : self._queries * self._group] = np.repeat(positions, self._group, axis=1)
-        blocks = []
-        for first in range(0, int(last[0]) + 1, KEY_BLOCK):
-            count = int((last >= first).sum())
-            keys = np.arange(first, first + KEY_BLOCK)
-            begins = keys[:: self._page_size]
-            blocks_of = np.minimum(begins // self._block_size, tables.shape[1] - 1)
-            pages = tables[:count, blocks_of] * (self._block_size // self._page_size)
-            pages = pages + begins % self._block_size // self._page_size
-            hiding = rows[:count].min(1) < keys[-1]
-            hidden = keys > rows[np.argmax(hiding) if hiding.any() else count : count, :, None]
-            blocks.append(
-                _KeyBlock(
-                    count,
-                    self._tensor(pages.reshape(-1)),
-                    self._tensor(hidden),
-                )
-            )
-        return _Part(self._tensor(layout.tile_rows[tiles]), blocks)
+        partly = np.flatnonzero(rows.min(1)[tile_of] < (turn + 1) * PAGE - 1)
+        keys = turn[partly, None] * PAGE + np.arange(PAGE)
+        hidden = keys[:, None, None, :] > rows[tile_of[partly]][:, None, :, None]
+        return _Part(
+            rows=self._tensor(layout.tile_rows[tiles]),
+            tile_of=self._tensor(tile_of_pair),
+            places=self._tensor(places),
+            tiles=[int((counts > page).sum()) for page in range(counts[0])],
+            partly=self._tensor(place_of[partly]),
+            hidden=self._tensor(hidden),
+            groups=groups,
+        )
 
     def _tensor(self, values: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+
+
+def _of_tiles(pairs: torch.Tensor, part: _Part) -> torch.Tensor:
+    """[tiles, most pages, …] of what each pair has."""
+    found = pairs.index_select(0, part.places.flatten())
+    return found.view(*part.places.shape, *pairs.shape[1:])
+
+
+def _summed(pairs: torch.Tensor, part: _Part) -> torch.Tensor:
+    """[tiles, …]: the sum of each tile's pairs, one after the other from position 0 on."""
+    sums = pairs.index_select(0, part.places[:, 0])
+    for page, tiles in enumerate(part.tiles[1:], 1):
+        sums[:tiles] += pairs.index_select(0, part.places[:tiles, page])
+    return sums
+
+
+def _grouped(pages: _Ints) -> tuple[_Ints, list[_Group], int]:
+    """Places of pairs by the page of each, so that groups can be multiplied at once: their places,
+    the groups, and the number of places, some of which are nobody's."""
+    found, of_pair, users = np.unique(pages, return_inverse=True, return_counts=True)
+    groups: list[_Group] = []
+    first_of = np.zeros(len(found), np.int64)
+    end = 0
+    alone = np.flatnonzero(users == 1)
+    for run in np.split(alone, np.flatnonzero(np.diff(found[alone]) > _GAP + 1) + 1):
+        if len(run):
+            begin = int(found[run[0]])
+            first_of[run] = end + found[run] - begin
+            groups.append(_Group(begin, end, int(found[run[-1]]) - begin + 1, shared=False))
+            end += groups[-1].count
+    for index in np.flatnonzero(users > 1):
+        first_of[index] = end
+        groups.append(_Group(int(found[index]), end, int(users[index]), shared=True))
+        end += groups[-1].count
+    # Of several pairs with one page each has the place after the last one's.
+    order = np.argsort(of_pair, kind="stable")
+    nth = np.empty_like(order)
+    nth[order] = np.arange(len(order)) - _before(users)[of_pair[order]]
+    return first_of[of_pair] + nth, groups, end
 
 
 class _Layout:
@@ -241,9 +328,10 @@ def _before(counts: _Ints) -> _Ints:
     return np.cumsum(counts) - counts
 
 
-def _table(spans: Many[Span]) -> _Ints:
-    """The block ids of each span's sequence, [spans, most blocks], zero beyond their end."""
+def _pages(spans: Many[Span], block_size: int) -> _Ints:
+    """The pages of each span's sequence, [spans, most pages], zero beyond their end."""
     table = np.zeros((len(spans), max(len(span.sequence.block_ids) for span in spans)), np.int64)
     for row, span in zip(table, spans, strict=True):
         row[: len(span.sequence.block_ids)] = span.sequence.block_ids
-    return table
+    each = block_size // PAGE
+    return (table[:, :, None] * each + np.arange(each)).reshape(len(spans), -1)

@@ -15,6 +15,7 @@ from worker.engine.block_manager import BlockManager
 from worker.engine.cpu_library import BLOCK, LibraryError
 from worker.engine.engine import BatchEngine
 from worker.engine.interface import Engine
+from worker.engine.openmp import end_team
 from worker.engine.runner import ModelRunner
 from worker.engine.scheduler import Scheduler
 from worker.engine.weights import Shape, UnsupportedModelError, embedding, shape_of
@@ -86,6 +87,7 @@ def build_engine(
             )
     from worker.engine.reference import GenerateEngine
 
+    end_team()
     return GenerateEngine(
         model,
         vocab_size=vocab_size,
@@ -115,12 +117,11 @@ def _batch_engine(
         runner = _cuda_runner(
             model, vocab_size, context, device, available, sequences, budget, options
         )
-    if runner is None:
-        memory = _default_memory(on_cpu, available)
-        blocks = _blocks(shape, dtype, context, sequences, memory, available, options)
+    memory = _default_memory(on_cpu, available)
     if on_cpu and options.kind in ("auto", "kernels"):
         from worker.engine.cpu_runner import CpuRunner
 
+        blocks = _blocks(shape, dtype, context, sequences, memory, available, options)
         try:
             runner = CpuRunner(
                 model,
@@ -143,11 +144,15 @@ def _batch_engine(
                 error,
             )
     if runner is None:
+        from worker.engine.attention import CACHE_DTYPE
         from worker.engine.torch_runner import TorchRunner
 
         if on_cpu:
             torch.set_num_threads(threads)
+        blocks = _blocks(shape, CACHE_DTYPE, context, sequences, memory, available, options)
         runner = TorchRunner(model, vocab_size=vocab_size, num_blocks=blocks, block_size=BLOCK)
+        if on_cpu:
+            end_team()
     blocks = runner.num_blocks
     manager = BlockManager(blocks, runner.block_size, prefix_cache=options.prefix_cache)
     log.info(

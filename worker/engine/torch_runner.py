@@ -62,12 +62,6 @@ class TorchRunner:
         self._attention = PagedAttention(self._shape, num_blocks, block_size, dtype, self._device)
         self._sampler = Sampler(vocab_size, self._device)
 
-    @classmethod
-    def bytes_per_block(cls, model: Any, block_size: int = 32) -> int:
-        """Bytes that one block of a model's KV cache takes."""
-        dtype = embedding(model).dtype
-        return PagedAttention.bytes_per_block(shape_of(model), block_size, dtype)
-
     @torch.inference_mode()
     def execute(self, plan: Plan) -> Choices:
         """Computes all positions of the plan into the KV cache, and chooses the next tokens."""

@@ -43,7 +43,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def runner_of(model: Any, *, block_size: int = 16, positions: int = 2048) -> TorchRunner:
+def runner_of(model: Any, *, block_size: int = 32, positions: int = 2048) -> TorchRunner:
     return TorchRunner(
         model, vocab_size=VOCAB, num_blocks=positions // block_size, block_size=block_size
     )
@@ -207,10 +207,8 @@ def test_weights_are_not_kept_twice() -> None:
     model = tiny_llama()
     runner = runner_of(model)
     assert sum(parameter.numel() for parameter in model.model.layers.parameters()) == 0
-    per_block = TorchRunner.bytes_per_block(tiny_llama(), 16)
-    assert per_block == 2 * 3 * 2 * 32 * 16 * 4
-    slots = sum(cache.nbytes for cache in (*runner._attention._keys, *runner._attention._values))
-    assert slots == per_block * runner.num_blocks
+    cache = sum(cache.nbytes for cache in (*runner._attention._keys, *runner._attention._values))
+    assert cache == 2 * 3 * 2 * 32 * 4 * 32 * runner.num_blocks
     runner.close()
 
 
@@ -281,7 +279,7 @@ def test_a_row_is_the_same_in_any_company(
         pages = rng.sample(range(runner.num_blocks), runner.num_blocks)
         samples = [Sample(ask(text), 0, order) for order, text in enumerate(texts)]
         for sample in samples:
-            sample.block_ids = [pages.pop() for _ in range(-(-sample.length // 16))]
+            sample.block_ids = [pages.pop() for _ in range(-(-sample.length // runner.block_size))]
         while any(sample.pending for sample in samples):
             due = [sample for sample in samples if sample.pending]
             spans = [
@@ -352,7 +350,7 @@ def test_what_is_not_finite_stays_with_its_sequence(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 def test_a_value_that_is_not_finite_is_seen_by_later_positions_only(poison: float) -> None:
     shape = shape_of(tiny_llama())
-    cache = attention.PagedAttention(shape, 2, 16, torch.float32, torch.device("cpu"))
+    cache = attention.PagedAttention(shape, 2, 32, torch.float32, torch.device("cpu"))
     first, second = (Sample(ask(PROMPTS[2]), 0, order) for order in range(2))
     first.block_ids, second.block_ids = [0], [0]
     keys, values = torch.randn(2, 16, 2, 32)
