@@ -192,14 +192,13 @@ def _decode(
         if WIDE:
             query = query.to(tl.float32)
         base = tl.load(first_ptr + row)
-        flat = row * (KV_HEADS * GROUP) + heads
-        place = flat * splits + split
         maximum = tl.full([GROUP_ROWS], -1e30, tl.float32)
         total = tl.zeros([GROUP_ROWS], tl.float32)
         sums = tl.zeros([GROUP_ROWS, DIMS], tl.float32)
         if GROUPED:
             # A split that begins with common blocks goes on from their part.
             held = (members < GROUP) & started
+            place = (row * (KV_HEADS * GROUP) + heads) * splits + split
             maximum = tl.load(part_lse_ptr + place, mask=held, other=-1e30)
             total = tl.where(held, 1.0, 0.0)
             sums = tl.load(
@@ -241,6 +240,7 @@ def _decode(
         total = tl.where(total == 0, 1.0, total)
         sums = sums / total[:, None]
         score = maximum + tl.log2(total)
+        flat = row * (KV_HEADS * GROUP) + heads
         if DIRECT:
             tl.store(
                 out_ptr + flat[:, None] * HEAD_DIM + dims[None, :],
@@ -250,6 +250,7 @@ def _decode(
             if WITH_LSE:
                 tl.store(lse_ptr + flat, score / _LOG2_E, mask=members < GROUP)
         else:
+            place = flat * splits + split
             tl.store(parts_ptr + place[:, None] * HEAD_DIM + dims[None, :], sums, mask=real)
             tl.store(part_lse_ptr + place, score, mask=members < GROUP)
 
