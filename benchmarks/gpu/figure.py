@@ -14,13 +14,19 @@ from common import (
     say,
 )
 
+from worker.engine import cuda_groups
+
 
 def main() -> None:
     given = options(
         __doc__, shape="8B", requests=2048, samples=1, prompt=512, out=256, sequences=1024,
         budget=8192, context=2048, rounds=2, temperature=0.0, top_p=1.0,
+        groups=1,
     )  # fmt: skip
     name = f"figure-{given.shape}-{given.requests}x{given.samples}-{given.prompt}-{given.out}"
+    if not given.groups:
+        cuda_groups.LEAST_ROWS = 1 << 30
+        name += "-ungrouped"
     with result(name, given) as made:
         made |= limits()
         model = make_model(given.shape, context=given.context)

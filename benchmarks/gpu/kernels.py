@@ -23,6 +23,9 @@ def main() -> None:
             for heads in ((32, 8, 128), (32, 8, 64), (32, 32, 128))
             for batch in (1, 16, 256, 1024)
         ]
+        made["groups"] = [
+            grouped(kind, *heads) for heads in ((32, 8, 64), (32, 8, 128)) for kind in GROUPS
+        ]
         made["sampling"] = [sampling(batch, kind) for batch in (1, 256, 1024) for kind in SAMPLING]
         made["small"] = small_kernels(made["copy_bytes_per_second"])
 
@@ -32,7 +35,8 @@ def run_tests() -> int:
     command = [
         *(sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "device_fixture"),
         *("-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={ROOT}"),
-        *("--import-mode=importlib", str(ROOT / "tests/worker/engine/cuda/test_kernels.py")),
+        "--import-mode=importlib",
+        *(str(ROOT / f"tests/worker/engine/cuda/test_{name}.py") for name in ("kernels", "prefix")),
     ]
     paths = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=False).returncode
@@ -59,6 +63,87 @@ def decode(
     say(f"decode {heads}/{kv_heads}x{dim}, batch {batch}, context {context}: {took:.3f} ms, "
         f"{rate / 1e12:.2f} TB/s, {rate / copy:.0%} of a copy")  # fmt: skip
     return {"heads": [heads, kv_heads, dim], "batch": batch, "ms": took, "of_copy": rate / copy}
+
+
+GROUPS = {
+    # Rows, rows of a group, common positions, own positions.
+    "64 samples of 16 prompts": (1024, 64, 512, 128),
+    "16 samples of 16 prompts": (256, 16, 512, 128),
+    "8 samples of 128 prompts": (1024, 8, 512, 128),
+    "one long beginning": (256, 256, 4096, 128),
+    "one beginning, few rows": (16, 16, 2048, 128),
+}
+"""The first is a step of 128 prompts with 64 samples each."""
+
+
+def grouped(kind: str, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
+    """Rows that begin with the same blocks: by the plain kernel, and in groups."""
+    import torch
+
+    from worker.engine.cuda_groups import LEAST_SAVED, PrefixIndex, padded_tiles
+    from worker.engine.triton_kernels import attention, reference
+
+    batch, size, common, own = GROUPS[kind]
+    shared, more, groups = common // 64, -(-own // 64), batch // size
+    pages = groups * shared + batch * more
+    cache = torch.randn(pages, 2, kv_heads, 64, dim, device="cuda", dtype=torch.bfloat16)
+    index = PrefixIndex(
+        block=64, heads_per_kv_head=heads // kv_heads, block_bytes=cache.nbytes // pages
+    )
+    tables, sequences = [], []
+    for row in range(batch):
+        chain = list(range(row // size * shared, (row // size + 1) * shared))
+        begin = groups * shared + row * more
+        tables.append([*chain, *range(begin, begin + more)])
+        sequences.append(_sequence([page + 1 for page in chain], common + own))
+    found = index.groups(sequences)
+
+    def ints(values: Any) -> torch.Tensor:
+        return torch.tensor(values, device="cuda").int()
+
+    prefixes = None
+    if found is not None:
+        idle = padded_tiles(len(found.tiles)) - len(found.tiles)
+        tiles = [*found.tiles.tolist(), *[[0, 0, 0, 0]] * idle]
+        prefixes = reference.Prefixes(ints(tiles), ints(found.members), ints(found.shared))
+    query = torch.randn(batch, heads, dim, device="cuda", dtype=torch.bfloat16)
+    given = (
+        query,
+        cache,
+        torch.full((batch,), common + own - 1, device="cuda").int(),
+        (torch.arange(batch, device="cuda") * (shared + more)).int(),
+        ints(tables).view(-1),
+    )
+    # As many as the runner gives a step.
+    splits = 1 << (reference.splits_for(common + own, 64) - 1).bit_length()
+    outs = [
+        attention.decode_attention(*given, splits=splits, prefixes=each)
+        for each in (None, prefixes)
+    ]
+    error = float((outs[0].float() - outs[1].float()).abs().max())
+    plain, together = (
+        milliseconds(
+            lambda each=each: attention.decode_attention(*given, splits=splits, prefixes=each)
+        )
+        for each in (None, prefixes)
+    )
+    saved = (batch - groups) * shared * cache.nbytes // pages
+    say(f"{kind}, {heads}/{kv_heads}x{dim}: plain {plain:.3f} ms, in groups {together:.3f} ms, "
+        f"{(plain - together) / saved * LEAST_SAVED * 1e3:.1f} us for {LEAST_SAVED >> 20} MiB not "
+        f"read, largest difference {error:.4f}"
+        f"{'' if prefixes else ': NOT WORTH IT, says the index'}")  # fmt: skip
+    return {"kind": kind, "heads": [heads, kv_heads, dim], "plain_ms": plain, "ms": together,
+            "saved_bytes": saved, "difference": error, "grouped": prefixes is not None}  # fmt: skip
+
+
+def _sequence(chain: list[int], length: int) -> Any:
+    from nightherd.params import SamplingParams
+    from worker.engine.interface import EngineRequest
+    from worker.engine.sequence import Sequence
+
+    made = Sequence(EngineRequest((0,) * length, SamplingParams(), (0,), 1), 0, 0)
+    made.chain = chain
+    return made
 
 
 SAMPLING: dict[str, dict[str, float]] = {

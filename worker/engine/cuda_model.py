@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from worker.engine.triton_kernels.reference import Prefixes
 from worker.engine.weights import (
     Shape,
     drop_layer,
@@ -73,6 +74,7 @@ class Rows:
     positions: torch.Tensor
     first: torch.Tensor
     blocks: torch.Tensor
+    prefixes: Prefixes | None = None
 
 
 Attend = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -179,7 +181,13 @@ class CudaModel:
         def attend(qkv: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
             query = qkv[:, : shape.query_width].view(len(qkv), shape.heads, shape.head_dim)
             return self.kernels.decode_attention(
-                query, cache, rows.positions, rows.first, rows.blocks, splits=splits
+                query,
+                cache,
+                rows.positions,
+                rows.first,
+                rows.blocks,
+                splits=splits,
+                prefixes=rows.prefixes,
             )
 
         return attend

@@ -16,6 +16,7 @@ import torch
 from nightherd.params import SamplingParams
 from worker.engine import cuda_step
 from worker.engine.cuda_graphs import Capture, GraphCache
+from worker.engine.cuda_groups import Groups, PrefixIndex, padded_tiles
 from worker.engine.cuda_model import (
     BLOCK,
     Attend,
@@ -31,7 +32,7 @@ from worker.engine.runner import Choices, Flight
 from worker.engine.sampler import Sampler
 from worker.engine.scheduler import Plan, Span
 from worker.engine.sequence import Sequence
-from worker.engine.triton_kernels.reference import splits_for
+from worker.engine.triton_kernels.reference import Prefixes, splits_for
 
 _STAGES = 2
 """A step is packed while the one before may not have been copied yet."""
@@ -97,7 +98,8 @@ class CudaRunner:
         self._on_card = device.type == "cuda"
         self._varlen = varlen_attention(self._model.shape, self._model.dtype, device)
         self._graphs = GraphCache(capture)
-        layout = Layout(max_rows, max_sequences)
+        self._prefixes = _prefix_index(self._model)
+        layout = Layout(max_rows, max_sequences, self._prefixes.most_tiles(max_sequences))
         size = layout.size + max_sequences * -(-context // BLOCK)
         self._stages = [_Stage(size, max_sequences, device) for _ in range(_STAGES)]
         self._turn = 0
@@ -169,8 +171,10 @@ class CudaRunner:
         stage = self._stages[self._turn]
         self._turn = (self._turn + 1) % _STAGES
         if rows is not None and cuda_step.decodes(plan):
-            layout = Layout(rows, rows)
-            self._send(stage, layout, spans)
+            groups = self._prefixes.groups([span.sequence for span in spans])
+            tiles = 0 if groups is None else padded_tiles(len(groups.tiles))
+            layout = Layout(rows, rows, tiles)
+            self._send(stage, layout, spans, groups)
             logits = self._decode(layout, spans, sampled=plainly)
         else:
             layout = Layout(plan.rows, max(1, len(choosing)))
@@ -187,10 +191,12 @@ class CudaRunner:
             return lambda: choices
         return self._bring_back(stage, len(choosing), places)
 
-    def _send(self, stage: _Stage, layout: Layout, spans: list[Span]) -> None:
+    def _send(
+        self, stage: _Stage, layout: Layout, spans: list[Span], groups: Groups | None = None
+    ) -> None:
         """Packs a step and copies it to the card."""
         parameters = [self._parameters_of(span.sequence) for span in spans if span.chooses]
-        used = cuda_step.pack(stage.array, layout, spans, parameters, self._left_by)
+        used = cuda_step.pack(stage.array, layout, spans, parameters, self._left_by, groups)
         self._input[:used].copy_(stage.packed[:used], non_blocking=True)
 
     def _parameters_of(self, sequence: Sequence) -> cuda_step.Ints:
@@ -206,7 +212,11 @@ class CudaRunner:
         given = views["tokens"]
         left = self._left[(-1 - given).clamp_(0, len(self._left) - 1)]
         tokens = torch.where(given < 0, left, given)
-        return Rows(tokens, views["positions"], views["first"], views["blocks"]), views
+        prefixes = None
+        if layout.tiles:
+            prefixes = Prefixes(views["tiles"], views["members"], views["shared"])
+        rows = Rows(tokens, views["positions"], views["first"], views["blocks"], prefixes)
+        return rows, views
 
     def _decode(self, layout: Layout, spans: list[Span], *, sampled: bool) -> torch.Tensor:
         """One row a sequence, as a graph where that can be; logits [rows, vocab_rows]."""
@@ -221,7 +231,7 @@ class CudaRunner:
                 self._sample(layout, logits)
             return logits
 
-        return self._graphs.run((layout.rows, splits, sampled), step)
+        return self._graphs.run((layout.rows, layout.tiles, splits, sampled), step)
 
     def _eagerly(self, layout: Layout, spans: list[Span], long: int) -> torch.Tensor:
         """Spans of any length, the `long` ones first; logits [choices, vocab_rows]."""
@@ -285,6 +295,7 @@ class CudaRunner:
     def forget(self, sequence: Sequence) -> None:
         self._sampler.forget(sequence)
         self._parameters.pop(id(sequence), None)
+        self._prefixes.forget(sequence)
 
     def lost(self) -> bool:
         """Whether a CUDA error has made the context unusable for good."""
@@ -302,6 +313,15 @@ class CudaRunner:
             torch.cuda.synchronize(self._device)
         self._graphs.clear()
         self._model.close()
+
+
+def _prefix_index(model: CudaModel) -> PrefixIndex:
+    shape = model.shape
+    return PrefixIndex(
+        block=BLOCK,
+        heads_per_kv_head=shape.heads // shape.kv_heads,
+        block_bytes=2 * shape.kv_width * BLOCK * model.dtype.itemsize,
+    )
 
 
 def _places(plan: Plan, spans: list[Span]) -> list[int]:

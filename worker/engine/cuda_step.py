@@ -1,7 +1,8 @@
 """A step's numbers as the device reads them: one array, so that one copy brings them there. numpy.
 
 For each row: its token, its position, where its block ids begin. For each row that chooses: its
-parameters. Then the block ids of all sequences, one after the other.
+parameters. Which rows have blocks in common. Then the block ids of all sequences, one after the
+other.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from worker.engine import noise
+from worker.engine.cuda_groups import Groups
 from worker.engine.scheduler import Plan, Span
 from worker.engine.sequence import Sequence
 
@@ -24,29 +26,38 @@ Ints = npt.NDArray[np.int32]
 
 GREEDY_BELOW = 1e-5
 """A lower temperature is taken for 0: dividing by it would overflow."""
-_PER_ROW, _PER_CHOICE = 3, 8
+_PER_ROW, _PER_CHOICE, _PER_TILE = 3, 8, 4
 _PARAMETERS = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where everything is in the array of a step of so many rows, `choices` of which choose."""
+    """Where everything is in the array of a step of so many rows, `choices` of which choose, and
+    which have blocks in common if there are `tiles`."""
 
     rows: int
     choices: int
+    tiles: int = 0
 
     @property
     def size(self) -> int:
         """Numbers before the block ids."""
-        return _PER_ROW * _aligned(self.rows) + _PER_CHOICE * _aligned(self.choices)
+        per_row = _PER_ROW + (2 if self.tiles else 0)
+        return (
+            per_row * _aligned(self.rows)
+            + _PER_CHOICE * _aligned(self.choices)
+            + _PER_TILE * self.tiles
+        )
 
     def views(self, array: Any) -> dict[str, Any]:
         """Named parts of an array (numpy) or a tensor (torch), each at a multiple of 16 bytes.
 
         `parameters` are [6, choices]: the halves of the stream, then temperature, top_k, top_p and
-        log_min_p, by their bits.
+        log_min_p, by their bits. `tiles`, `members` and `shared` are `cuda_groups.Groups`, empty
+        without tiles.
         """
         choices, wide, long = self.choices, _aligned(self.choices), _aligned(self.rows)
+        grouped = long if self.tiles else 0
         begin = _PARAMETERS * wide
         views = {"parameters": array[:begin].reshape(_PARAMETERS, wide)[:, :choices]}
         for name, count, size in (
@@ -55,9 +66,13 @@ class Layout:
             ("tokens", self.rows, long),
             ("positions", self.rows, long),
             ("first", self.rows, long),
+            ("members", min(self.rows, grouped), grouped),
+            ("shared", min(self.rows, grouped), grouped),
+            ("tiles", _PER_TILE * self.tiles, _PER_TILE * self.tiles),
         ):
             views[name] = array[begin : begin + count]
             begin += size
+        views["tiles"] = views["tiles"].reshape(self.tiles, _PER_TILE)
         return {**views, "blocks": array[begin:]}
 
 
@@ -96,6 +111,7 @@ def pack(
     spans: Many[Span],
     parameters: Many[Ints],
     left: Mapping[int, int],
+    groups: Groups | None = None,
 ) -> int:
     """Fills in a step; how many numbers of the array it takes.
 
@@ -105,6 +121,8 @@ def pack(
     """
     views = layout.views(array)
     _pack_rows(views, spans, left)
+    if groups is not None:
+        _pack_groups(views, groups)
     choosing = [span for span in spans if span.chooses]
     count = len(choosing)
     if count:
@@ -147,6 +165,16 @@ def _pack_rows(views: Mapping[str, Ints], spans: Many[Span], left: Mapping[int, 
     views["tokens"][rows:] = 0
     views["positions"][rows:] = -1
     views["first"][rows:] = 0
+
+
+def _pack_groups(views: Mapping[str, Ints], groups: Groups) -> None:
+    rows, tiles = len(groups.members), len(groups.tiles)
+    views["members"][:rows] = groups.members
+    views["members"][rows:] = 0
+    views["shared"][:rows] = groups.shared
+    views["shared"][rows:] = 0
+    views["tiles"][:tiles] = groups.tiles
+    views["tiles"][tiles:] = 0
 
 
 def _token(sequence: Sequence, position: int, left: Mapping[int, int]) -> int:

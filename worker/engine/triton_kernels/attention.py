@@ -2,7 +2,8 @@
 
 One program serves all query heads of a key-value head (grouped-query attention) over one split of a
 row's context; a second kernel joins the splits (Flash-Decoding: Dao et al. 2023). Splits have a
-fixed length, so a row's result does not depend on its company.
+fixed length, so a row's result does not depend on its company, but for the roundings of a group's
+common blocks (`prefix.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import triton
 import triton.language as tl
 
 from worker.engine.triton_kernels.launch import WIDE_DOTS, power_of_two
-from worker.engine.triton_kernels.reference import SPLIT_BLOCKS
+from worker.engine.triton_kernels.prefix import attend_prefixes
+from worker.engine.triton_kernels.reference import SPLIT_BLOCKS, Prefixes
 
 PARTS_BYTES = 256 * 2**20
 """Of the parts of rows that are joined at a time."""
@@ -28,19 +30,21 @@ def decode_attention(
     *,
     splits: int,
     lse: torch.Tensor | None = None,
+    prefixes: Prefixes | None = None,
 ) -> torch.Tensor:
     """Each row's attention over positions [0, its own]: [rows, heads * head_dim], of query's type.
 
     `query` is [rows, heads, head_dim], each row contiguous; `cache`, `positions`, `first` and
     `blocks` (int32) are as the package says; `splits` covers the longest context. `lse`, float32
-    [rows, heads], gets the natural log-sum-exp of the scaled scores.
+    [rows, heads], gets the natural log-sum-exp of the scaled scores. With `prefixes` the blocks
+    that rows have in common are read once for all of them.
     """
     rows, heads, head_dim = query.shape
     out = query.new_empty(rows, heads * head_dim)
     scores = query.new_empty(1, 1, dtype=torch.float32) if lse is None else lse
-    if splits == 1:
+    if splits == 1 and prefixes is None:
         parts = part_lse = scores
-        _launch(query, cache, positions, first, blocks, out, parts, part_lse, scores, 1, lse)
+        _launch(query, cache, positions, first, blocks, out, parts, part_lse, scores, 1, lse, None)
         return out
     # One long context among many short ones: its splits are there for every row.
     step = min(rows, max(1, PARTS_BYTES // (4 * heads * splits * (head_dim + 1))))
@@ -51,6 +55,10 @@ def decode_attention(
         some = slice(begin, begin + step)
         places, own = positions[some], out[some]
         own_scores = scores if lse is None else lse[some]
+        if prefixes is not None:
+            attend_prefixes(
+                query[some], cache, first, blocks, prefixes, parts, part_lse, splits, begin
+            )
         _launch(
             query[some],
             cache,
@@ -63,6 +71,7 @@ def decode_attention(
             own_scores,
             splits,
             lse,
+            None if prefixes is None else prefixes.shared[some],
         )
         _join[(len(places), heads)](
             places,
@@ -93,6 +102,7 @@ def _launch(
     scores: torch.Tensor,
     splits: int,
     lse: torch.Tensor | None,
+    shared: torch.Tensor | None,
 ) -> None:
     rows, heads, head_dim = query.shape
     kv_heads, block = cache.shape[2], cache.shape[3]
@@ -103,6 +113,7 @@ def _launch(
         positions,
         first,
         blocks,
+        positions if shared is None else shared,
         out,
         parts,
         part_lse,
@@ -117,7 +128,8 @@ def _launch(
         DIMS=power_of_two(head_dim, least=16),
         BLOCK=block,
         SPLIT_BLOCKS=SPLIT_BLOCKS,
-        DIRECT=splits == 1,
+        DIRECT=splits == 1 and shared is None,
+        GROUPED=shared is not None,
         WITH_LSE=lse is not None,
         WIDE=WIDE_DOTS or query.dtype == torch.float32,
         num_warps=4,
@@ -126,7 +138,8 @@ def _launch(
 
 
 @triton.jit(
-    do_not_specialize=["splits"], do_not_specialize_on_alignment=["position_ptr", "first_ptr"]
+    do_not_specialize=["splits"],
+    do_not_specialize_on_alignment=["position_ptr", "first_ptr", "shared_ptr"],
 )
 def _decode(
     query_ptr,
@@ -134,6 +147,7 @@ def _decode(
     position_ptr,
     first_ptr,
     blocks_ptr,
+    shared_ptr,
     out_ptr,
     parts_ptr,
     part_lse_ptr,
@@ -149,6 +163,7 @@ def _decode(
     BLOCK: tl.constexpr,
     SPLIT_BLOCKS: tl.constexpr,
     DIRECT: tl.constexpr,
+    GROUPED: tl.constexpr,
     WITH_LSE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -158,6 +173,10 @@ def _decode(
     length = tl.load(position_ptr + row) + 1
     begin = split * SPLIT_BLOCKS
     end = tl.minimum(begin + SPLIT_BLOCKS, tl.cdiv(length, BLOCK))
+    if GROUPED:
+        shared = tl.load(shared_ptr + row)
+        started = shared > begin
+        begin = tl.maximum(begin, shared)
     # A row without positions still clears its output where nobody joins.
     if (begin < end) | DIRECT:
         members = tl.arange(0, GROUP_ROWS)
@@ -176,6 +195,17 @@ def _decode(
         maximum = tl.full([GROUP_ROWS], -1e30, tl.float32)
         total = tl.zeros([GROUP_ROWS], tl.float32)
         sums = tl.zeros([GROUP_ROWS, DIMS], tl.float32)
+        if GROUPED:
+            # A split that begins with common blocks goes on from their part.
+            held = (members < GROUP) & started
+            place = (row * (KV_HEADS * GROUP) + heads) * splits + split
+            maximum = tl.load(part_lse_ptr + place, mask=held, other=-1e30)
+            total = tl.where(held, 1.0, 0.0)
+            sums = tl.load(
+                parts_ptr + place[:, None] * HEAD_DIM + dims[None, :],
+                mask=real & started,
+                other=0.0,
+            )
         for index in range(begin, end):
             block = tl.load(blocks_ptr + base + index).to(tl.int64)
             start = (block * 2 * KV_HEADS + head) * BLOCK * HEAD_DIM

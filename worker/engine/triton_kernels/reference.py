@@ -5,6 +5,8 @@ Each function has the name, the arguments and the results of its kernel.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional
 
@@ -12,6 +14,16 @@ from worker.engine import noise
 
 SPLIT_BLOCKS = 4
 """Blocks of a split of decode attention. Changing it changes roundings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefixes:
+    """Blocks that rows have in common, int32: see `cuda_groups.Groups`. Tiles of no blocks fill
+    up."""
+
+    tiles: torch.Tensor
+    members: torch.Tensor
+    shared: torch.Tensor
 
 
 def splits_for(length: int, block: int) -> int:
@@ -28,6 +40,7 @@ def decode_attention(
     *,
     splits: int,
     lse: torch.Tensor | None = None,
+    prefixes: Prefixes | None = None,
 ) -> torch.Tensor:
     """See `attention.decode_attention`."""
     rows, heads, head_dim = query.shape
@@ -36,7 +49,10 @@ def decode_attention(
     for row, (position, start) in enumerate(zip(positions.tolist(), first.tolist(), strict=True)):
         if position < 0:
             continue
-        keys, values = gathered(cache, blocks[start:], position + 1)
+        table = blocks[start:]
+        if prefixes is not None:
+            table = _led(table, row, first, blocks, prefixes)
+        keys, values = gathered(cache, table, position + 1)
         keys = keys.float().repeat_interleave(group, dim=1)
         scores = torch.einsum("hd,khd->hk", query[row].float(), keys) * head_dim**-0.5
         if lse is not None:
@@ -44,6 +60,28 @@ def decode_attention(
         values = values.float().repeat_interleave(group, dim=1)
         out[row] = torch.einsum("hk,khd->hd", scores.softmax(-1), values)
     return out.to(query.dtype).view(rows, -1)
+
+
+def _led(
+    table: torch.Tensor,
+    row: int,
+    first: torch.Tensor,
+    blocks: torch.Tensor,
+    prefixes: Prefixes,
+) -> torch.Tensor:
+    """A row's blocks, with those in common from the row that leads its group."""
+    shared = int(prefixes.shared[row])
+    if shared == 0:
+        return table
+    ((leader, common),) = [
+        (leader, common)
+        for begin, count, leader, common in prefixes.tiles.tolist()
+        if row in prefixes.members[begin : begin + count].tolist()
+    ]
+    if common != shared:
+        raise AssertionError(f"row {row} shares {shared} blocks, its tile {common}")
+    start = int(first[leader])
+    return torch.cat([blocks[start : start + shared], table[shared:]])
 
 
 def gathered(
