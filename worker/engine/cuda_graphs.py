@@ -64,8 +64,12 @@ def cuda_capture(device: torch.device) -> Capture:
     def capture(step: Step) -> Step:
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        # Other threads of the worker may use the card meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        # A capture that fails at its end leaves its own stream as the current one: hence the outer
+        # context. Other threads of the worker may use the card meanwhile.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+        ):
             result = step()
 
         def replay() -> torch.Tensor:
