@@ -92,11 +92,15 @@ def _mixed(value):
 
 
 @triton.jit
-def _noise(key, ids):
-    """Standard Gumbel noise of token ids: float32, `-log(-log1p(-u))`."""
+def _uniform(key, ids):
+    """Uniform numbers in (0, 1) of token ids, float32."""
     state = _mixed(key + (ids + 1).to(tl.uint64) * _GOLDEN) >> 24
-    uniform = (state.to(tl.int64) + 1).to(tl.float32) * _UNIT
-    uniform = tl.minimum(uniform, _BELOW_ONE)
+    return tl.minimum((state.to(tl.int64) + 1).to(tl.float32) * _UNIT, _BELOW_ONE)
+
+
+@triton.jit
+def _gumbel(uniform):
+    """Standard Gumbel noise of uniform numbers: `-log(-log1p(-u))`."""
     # log1p by the rounding error of 1 - u (Kahan): exact enough down to 2^-40.
     rest = 1.0 - uniform
     gap = 1.0 - rest
@@ -278,8 +282,7 @@ def _sample(
         place = (tl.load(place_ptr + row) + 1).to(tl.uint64)
         key = _mixed(seed + place * _GOLDEN)
         some = tl.arange(0, NOISE_TILE)
-        best = tl.full([NOISE_TILE], -float("inf"), tl.float32)
-        drawn = tl.zeros([NOISE_TILE], tl.int32)
+        best = (row * 0).to(tl.float32) - float("inf")
         for start in range(0, vocab, NOISE_TILE):
             inside = start + some < vocab
             values = tl.load(row_ptr + start + some, mask=inside, other=-float("inf"))
@@ -288,12 +291,17 @@ def _sample(
             kept = inside & (_ordered(values) >= least) & (scaled >= floor)
             # Narrow rows need noise for few tiles.
             if tl.max(kept.to(tl.int32), 0) > 0:
-                noisy = tl.where(kept, scaled + _noise(key, start + some), -float("inf"))
-                better = noisy > best
-                best = tl.where(better, noisy, best)
-                drawn = tl.where(better, start + some, drawn)
-        likeliest = tl.max(best, 0)
-        token = tl.min(tl.where(best == likeliest, drawn, vocab), 0)
+                uniform = _uniform(key, start + some)
+                # Noise is above x with u < exp(-x) only, so most tiles need no logarithms. What is
+                # added is more than all roundings of the sum.
+                slack = 1e-3 + tl.abs(best) * 1e-6
+                hopeful = kept & (uniform <= tl.exp(scaled - best + slack))
+                if tl.max(hopeful.to(tl.int32), 0) > 0:
+                    noisy = tl.where(hopeful, scaled + _gumbel(uniform), -float("inf"))
+                    highest_here = tl.max(noisy, 0)
+                    if highest_here > best:
+                        best = highest_here
+                        token = tl.min(tl.where(noisy == best, start + some, vocab), 0)
     tl.store(token_ptr + row, token)
     tl.store(best_ptr + row, highest)
 

@@ -164,6 +164,65 @@ def test_the_cache_gets_what_is_left() -> None:
     assert Use(total=10 * gib, used=9 * gib, prefill=gib, decode=gib).cache == 0
 
 
+class Event:
+    """Of a copy that is under way until somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.waited, self.under_way = 0, False
+
+    def record(self) -> None:
+        self.under_way = True
+
+    def synchronize(self) -> None:
+        self.waited += self.under_way
+        self.under_way = False
+
+
+def test_a_step_is_not_packed_over_one_that_is_being_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody waits for steps that choose nothing, such as those of a long prompt."""
+    runner = runner_of(tiny_llama())
+    packed = cuda_step.pack
+    for stage in runner._stages:
+        stage.sent = Event()
+
+    def watched(array: Any, *given: Any) -> int:
+        stage = next(stage for stage in runner._stages if stage.array is array)
+        assert not stage.sent.under_way
+        return packed(array, *given)
+
+    monkeypatch.setattr(cuda_step, "pack", watched)
+    one = sequence(90, blocks=2)
+    for start in range(0, 80, 20):
+        runner.launch(Plan([Span(one, start, 20)]))
+    assert [stage.sent.waited for stage in runner._stages] == [1, 1]
+
+
+def test_a_graph_keeps_no_logits(started: Any) -> None:
+    """Of each size and number of splits they would take gigabytes."""
+    kept: list[torch.Tensor] = []
+
+    def capture(step: Step) -> Step:
+        kept.append(step())
+        return fake_capture(step)
+
+    runner = runner_of(tiny_llama())
+    runner._graphs = GraphCache(capture)
+    engine = started(runner)
+    for slow in ({}, {"logprobs": 1}):
+        for count in (1, 2, 3):
+            prompts = [ask((3, 5, place), max_new_tokens=8, **slow) for place in range(count)]
+            tokens(engine, *prompts)
+    assert len(kept) >= 4
+    memory = {result.untyped_storage().data_ptr() for result in kept}
+    assert memory == {
+        part.untyped_storage().data_ptr()
+        for part in (runner._tokens, runner._logits)
+        if part is not None
+    }
+
+
 # The parts.
 
 
