@@ -1,7 +1,9 @@
 """0. What the kernels compile to for a card, without one: registers, spills, instructions.
 
 Every launcher is called as the engine calls it, with tensors on the CPU; a driver that says it is
-such a card makes Triton compile, for those very arguments, and nothing is launched.
+such a card makes Triton compile, for those very arguments, and nothing is launched. Ends with the
+number of kernels that do not compile. `--few 1` is the commonest configuration only, `--keep`
+a folder for TTGIR and PTX, `--capability 80,90,100` the cards.
 """
 
 from __future__ import annotations
@@ -52,9 +54,9 @@ class Kernel(NamedTuple):
     @property
     def resident(self) -> int:
         """Programs that fit on a multiprocessor of sm_90 at once."""
-        per_warp = -(-self.registers * 32 // 256) * 256
+        per_warp = -(-max(1, self.registers) * 32 // 256) * 256
         return min(
-            65536 // max(1, per_warp * self.warps),
+            65536 // (per_warp * self.warps),
             64 // self.warps,
             32,
             233472 // (self.shared + 1024),
@@ -110,7 +112,11 @@ def facts(name: str, kernel: Any) -> Kernel:
 def works(few: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """Launches by name: all of them, or those of the commonest configuration."""
     kinds = [torch.bfloat16] if few else [torch.bfloat16, torch.float32]
-    shapes = [(32, 8, 128)] if few else [(32, 8, 128), (32, 8, 64), (9, 3, 64), (32, 32, 128), (8, 1, 128)]
+    shapes = (
+        [(32, 8, 128)]
+        if few
+        else [(32, 8, 128), (32, 8, 64), (9, 3, 64), (32, 32, 128), (8, 1, 128)]
+    )
     for dtype in kinds:
         short = "bf16" if dtype == torch.bfloat16 else "f32"
         for heads, kv_heads, dim in shapes:
@@ -118,11 +124,18 @@ def works(few: bool) -> Iterator[tuple[str, Callable[[], object]]]:
                 for lse in (False,) if few else (False, True):
                     name = f"decode {short} {heads}/{kv_heads}x{dim} context {context}"
                     name += " lse" if lse else ""
-                    yield name, functools.partial(_decode, dtype, heads, kv_heads, dim, context, lse)
+                    yield (
+                        name,
+                        functools.partial(_decode, dtype, heads, kv_heads, dim, context, lse),
+                    )
             for norms in (False,) if few else (False, True):
                 name = f"rotate {short} {heads}/{kv_heads}x{dim}{' norms' if norms else ''}"
                 yield name, functools.partial(_rotate, dtype, heads, kv_heads, dim, norms)
-        for hidden, add in [(4096, True)] if few else [(576, False), (2048, True), (4096, False), (4096, True), (8192, True)]:
+        for hidden, add in (
+            [(4096, True)]
+            if few
+            else [(576, False), (2048, True), (4096, False), (4096, True), (8192, True)]
+        ):
             yield f"rms_norm {short} {hidden} {add}", functools.partial(_norm, dtype, hidden, add)
         for width in [14336] if few else [1536, 8192, 11008, 14336]:
             yield f"silu_mul {short} {width}", functools.partial(_silu, dtype, width)
@@ -135,7 +148,9 @@ def _ints(*shape: int) -> torch.Tensor:
     return torch.zeros(*shape, dtype=torch.int32)
 
 
-def _decode(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, context: int, lse: bool) -> None:
+def _decode(
+    dtype: torch.dtype, heads: int, kv_heads: int, dim: int, context: int, lse: bool
+) -> None:
     rows = 8
     qkv = torch.zeros(rows, (heads + 2 * kv_heads) * dim, dtype=dtype)
     attention.decode_attention(

@@ -2,8 +2,9 @@
 
 One program a row. Top-k and top-p become the least logit that may be chosen, found two bits at a
 time in the logits' order: each pass over the vocabulary counts (or weighs) what is above three
-candidates, so bfloat16 takes eight passes, float32 sixteen, out of the card's cache. The noise is that of `worker.engine.noise`, a
-function of (seed, position, token id); the sample is the argmax of logits and noise (Gumbel-max).
+candidates, so bfloat16 takes eight passes, float32 sixteen, out of the card's cache. The noise is
+that of `worker.engine.noise`, a function of (seed, position, token id); the sample is the argmax of
+logits and noise (Gumbel-max).
 """
 
 from __future__ import annotations
