@@ -21,6 +21,9 @@ Capture = Callable[[Step], Step]
 EAGER_USES = 2
 """Times that a step of a size runs before it is captured."""
 
+CALM_USES = 1000
+"""After so many more it is tried again if there was no memory for its graph."""
+
 
 class GraphCache:
     """Steps by their size."""
@@ -43,6 +46,10 @@ class GraphCache:
                 return step()
             try:
                 replay = self._capture(step)
+            except torch.OutOfMemoryError as error:
+                self._uses[size] = -CALM_USES
+                log.warning("no memory for the graph of a decode step: it runs without (%s)", error)
+                return step()
             except Exception as error:  # whatever driver, torch and Triton raise
                 self._capture = None
                 log.warning(

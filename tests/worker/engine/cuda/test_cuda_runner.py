@@ -14,7 +14,7 @@ import torch
 from tests.checkpoints import tiny_llama
 from tests.engines import PROMPTS, VOCAB, ask, tokens, wait
 from tests.worker.engine.test_torch_runner import LONG, MODELS, generated
-from worker.engine import cuda_step
+from worker.engine import cuda_graphs, cuda_step
 from worker.engine.block_manager import BlockManager
 from worker.engine.cuda_graphs import EAGER_USES, GraphCache, Step
 from worker.engine.cuda_memory import Use
@@ -302,6 +302,27 @@ def test_graphs_are_captured_once_a_size_comes_again() -> None:
     graphs.run(8, step)
     assert calls == ["step"] * EAGER_USES + ["capture"] + ["step"] * 4
     assert len(graphs) == 1
+
+
+def test_a_lack_of_memory_costs_one_graph_for_a_while(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "CALM_USES", 5)
+    lacking = [True]
+
+    def capture(step: Step) -> Step:
+        if lacking:
+            lacking.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step
+
+    graphs = GraphCache(capture)
+    with caplog.at_level(logging.WARNING, "nightherd.engine"):
+        for use in range(EAGER_USES + 1 + 5 + EAGER_USES + 1):
+            assert len(graphs) == 0, use
+            assert graphs.run(4, lambda: torch.ones(1)) == 1
+    assert len(graphs) == 1
+    assert len(caplog.records) == 1
 
 
 def test_without_graphs_it_goes_on(caplog: pytest.LogCaptureFixture) -> None:
