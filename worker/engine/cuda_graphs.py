@@ -69,15 +69,21 @@ def cuda_capture(device: torch.device) -> Capture:
     pool: Any = torch.cuda.graph_pool_handle()
 
     def capture(step: Step) -> Step:
+        nonlocal pool
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
         # A capture that fails at its end leaves its own stream as the current one: hence the outer
         # context. Other threads of the worker may use the card meanwhile.
-        with (
-            torch.cuda.stream(torch.cuda.current_stream(device)),
-            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
-        ):
-            result = step()
+        try:
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(device)),
+                torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+            ):
+                result = step()
+        except Exception:
+            # torch takes no further graph into a pool whose only one has gone.
+            pool = torch.cuda.graph_pool_handle()
+            raise
 
         def replay() -> torch.Tensor:
             graph.replay()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 from tests.checkpoints import tiny_llama
 from tests.engines import PROMPTS, VOCAB, ask, tokens, wait
 from tests.worker.engine.test_torch_runner import LONG, MODELS, generated
-from worker.engine import cuda_graphs, cuda_step
+from worker.engine import cuda_graphs, cuda_model, cuda_step
 from worker.engine.block_manager import BlockManager
 from worker.engine.cuda_graphs import EAGER_USES, GraphCache, Step
 from worker.engine.cuda_memory import Use
@@ -323,6 +324,63 @@ def test_a_lack_of_memory_costs_one_graph_for_a_while(
             assert graphs.run(4, lambda: torch.ones(1)) == 1
     assert len(graphs) == 1
     assert len(caplog.records) == 1
+
+
+def test_a_failed_capture_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch leaves the stream of a capture that fails at its end, and its pool, unusable."""
+    current, pools = ["the engine's"], []
+
+    @contextlib.contextmanager
+    def stream(wanted: str) -> Iterator[None]:
+        before = current[0]
+        current[0] = wanted
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    @contextlib.contextmanager
+    def graph(_graph: Any, *, pool: int, capture_error_mode: str) -> Iterator[None]:
+        pools.append(pool)
+        current[0] = "the capture's"
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    for name, fake in {
+        "graph_pool_handle": iter(range(9)).__next__,
+        "synchronize": lambda device: None,
+        "CUDAGraph": lambda: None,
+        "current_stream": lambda device: current[0],
+        "stream": stream,
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    capture = cuda_graphs.cuda_capture(torch.device("cuda", 0))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="previous error"):
+            capture(lambda: torch.ones(1))
+        assert current == ["the engine's"]
+    assert pools == [0, 1]
+
+
+def test_the_kernels_are_tried_on_their_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the thread's current device, wherever its tensors are."""
+    current: list[Any] = []
+
+    @contextlib.contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        current.append(wanted)
+        yield
+        current.pop()
+
+    class Kernels:
+        def rms_norm(self, rows: torch.Tensor, *given: Any) -> torch.Tensor:
+            assert current == [rows.device]
+            return rows.clone()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(cuda_model, "fused_kernels", Kernels)
+    cuda_model.kernels_for(torch.device("cpu"))
 
 
 def test_without_graphs_it_goes_on(caplog: pytest.LogCaptureFixture) -> None:
