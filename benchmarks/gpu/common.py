@@ -134,13 +134,25 @@ def prompts(count: int, length: int, vocab: int, seed: int = 1) -> list[list[int
     return [rng.choices(range(3, vocab), k=length) for _ in range(count)]
 
 
-def milliseconds(work: Callable[[], object], repeats: int = 20) -> float:
-    """The median time of work on the card, between events, once it is warm."""
+def milliseconds(work: Callable[[], object], repeats: int = 20, calls: int = 1) -> float:
+    """The median time of work on the card, between events, once it is warm.
+
+    With several `calls` it is that of one of so many in a graph: launches from Python take longer
+    than small kernels do.
+    """
     import statistics
 
     import torch
 
     for _ in range(3):
+        work()
+    if calls > 1:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                work()
+        work = graph.replay
         work()
     times = []
     for _ in range(repeats):
@@ -150,7 +162,7 @@ def milliseconds(work: Callable[[], object], repeats: int = 20) -> float:
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+    return statistics.median(times) / calls
 
 
 def limits() -> dict[str, float]:

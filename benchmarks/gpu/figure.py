@@ -39,11 +39,16 @@ def main() -> None:
             {"prompt": prompt, "out": given.out, "samples": given.samples}
             for prompt in prompts(given.requests, given.prompt, vocab)
         ]
-        # Twice and more through all sizes of a batch, so that their graphs are there.
+        # Twice and more through all sizes of a batch, so that their graphs are there; some prompts
+        # as long as the real ones, so that they are those of as many splits.
+        long, short = (
+            prompts(3 * given.sequences, length, vocab, seed=2) for length in (given.prompt, 20)
+        )
         warm = [
-            {"prompt": prompt, "out": 8 + place * 64 // given.sequences}
-            for place, prompt in enumerate(prompts(3 * given.sequences, 20, vocab, seed=2))
-        ]
+            {"prompt": (short if place % 8 else long)[place],
+             "out": 8 + place * 64 // given.sequences}
+            for place in range(3 * given.sequences)
+        ]  # fmt: skip
         engine.start()
         try:
             made["warm_seconds"] = run_requests(engine, warm)

@@ -11,7 +11,7 @@ from common import ROOT, limits, milliseconds, options, result, say
 
 
 def main() -> None:
-    given = options(__doc__, context=640, tests=1)
+    given = options(__doc__, context=640, tests=1, sweep=1)
     with result("kernels", given) as made:
         if given.tests:
             made["tests"] = run_tests()
@@ -28,6 +28,12 @@ def main() -> None:
         ]
         made["sampling"] = [sampling(batch, kind) for batch in (1, 256, 1024) for kind in SAMPLING]
         made["small"] = small_kernels(made["copy_bytes_per_second"])
+        if given.sweep:
+            made["sweep"] = [
+                sweep(given.context, made["copy_bytes_per_second"], *heads)
+                for heads in ((32, 8, 128), (32, 8, 64))
+            ]
+            made["sampling_sweep"] = sweep_sampling()
 
 
 def run_tests() -> int:
@@ -47,7 +53,7 @@ def decode(
 ) -> dict[str, Any]:
     import torch
 
-    from worker.engine.triton_kernels import attention, reference
+    from worker.engine.triton_kernels import attention
 
     pages = -(-context // 64)
     cache = torch.randn(batch * pages, 2, kv_heads, 64, dim, device="cuda", dtype=torch.bfloat16)
@@ -55,9 +61,10 @@ def decode(
     first = (torch.arange(batch, device="cuda") * pages).int()
     positions = torch.full((batch,), context - 1, device="cuda").int()
     query = torch.randn(batch, heads, dim, device="cuda", dtype=torch.bfloat16)
-    splits = reference.splits_for(context, 64)
+    splits = -(-pages // attention.SPLIT_BLOCKS)
     took = milliseconds(
-        lambda: attention.decode_attention(query, cache, positions, first, blocks, splits=splits)
+        lambda: attention.decode_attention(query, cache, positions, first, blocks, splits=splits),
+        calls=5,
     )
     rate = batch * context * 2 * kv_heads * dim * 2 / took * 1e3
     say(f"decode {heads}/{kv_heads}x{dim}, batch {batch}, context {context}: {took:.3f} ms, "
@@ -146,6 +153,58 @@ def _sequence(chain: list[int], length: int) -> Any:
     return made
 
 
+def sweep(context: int, copy: float, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
+    """Decode attention with other warps and stages, then other lengths of its splits: the best
+    first. What it is set to now is among them."""
+    from worker.engine.triton_kernels import attention
+
+    before = attention.WARPS, attention.STAGES, attention.SPLIT_BLOCKS
+    tried: dict[tuple[int, int, int], float] = {}
+
+    def attempt(*knobs: int) -> None:
+        attention.WARPS, attention.STAGES, attention.SPLIT_BLOCKS = knobs
+        say(f"warps {knobs[0]}, stages {knobs[1]}, blocks of a split {knobs[2]}:")
+        try:
+            shares = [
+                float(decode(batch, context, copy, heads, kv_heads, dim)["of_copy"])
+                for batch in (64, 256, 1024)
+            ]
+        except Exception as error:  # what Triton and its compiler raise
+            say(f"  not possible: {error}")
+            return
+        tried[knobs[0], knobs[1], knobs[2]] = sum(shares[1:]) / 2
+
+    try:
+        for warps, stages in ((4, 3), (4, 5), (8, 3), (8, 5), (2, 3), (4, 2)):
+            attempt(warps, stages, before[2])
+        best = max(tried, key=tried.__getitem__)
+        for split in (2, 8, 16):
+            attempt(best[0], best[1], split)
+    finally:
+        attention.WARPS, attention.STAGES, attention.SPLIT_BLOCKS = before
+    order = sorted(tried.items(), key=lambda item: -item[1])
+    say(f"BEST for {heads}/{kv_heads}x{dim}: (warps, stages, blocks of a split) {order[0][0]}, "
+        f"{order[0][1]:.0%} of a copy; now {before}, {tried.get(before, 0):.0%}")  # fmt: skip
+    return {"heads": [heads, kv_heads, dim], "tried": [[*knobs, share] for knobs, share in order]}
+
+
+def sweep_sampling() -> list[dict[str, Any]]:
+    """Sampling for 512 rows with other tiles."""
+    from worker.engine.triton_kernels import sampling as kernels
+
+    names = ("_TILE", "_NOISE_TILE", "_LANES")
+    before = tuple(getattr(kernels, name) for name in names)
+    made = []
+    for tiles in ((4096, 2048, 256), (8192, 2048, 512), (2048, 1024, 128), (4096, 4096, 256)):
+        for name, tile in zip(names, tiles, strict=True):
+            setattr(kernels, name, tile)
+        say(f"tiles {dict(zip(names, tiles, strict=True))}, now {before}:")
+        made += [{"tiles": tiles, **sampling(512, kind)} for kind in ("greedy", "free", "top_p")]
+    for name, tile in zip(names, before, strict=True):
+        setattr(kernels, name, tile)
+    return made
+
+
 SAMPLING: dict[str, dict[str, float]] = {
     "greedy": {"temperature": 0.0},
     "free": {},
@@ -177,7 +236,7 @@ def sampling(batch: int, kind: str) -> dict[str, Any]:
         torch.zeros(batch, dtype=torch.int32, device="cuda"),
         torch.zeros(batch, device="cuda"),
     )
-    took = milliseconds(lambda: kernels.sample(logits, vocab, *given))
+    took = milliseconds(lambda: kernels.sample(logits, vocab, *given), calls=5)
     say(f"sampling {kind}, batch {batch}: {took:.3f} ms")
     return {"kind": kind, "batch": batch, "ms": took}
 
@@ -211,7 +270,7 @@ def small_kernels(copy: float) -> list[dict[str, Any]]:
     }
     made = []
     for name, (work, moved) in works.items():
-        took = milliseconds(work)
+        took = milliseconds(work, calls=10)
         share = moved / took * 1e3 / copy
         say(f"{name}, {rows} rows: {took * 1e3:.0f} us, {share:.0%} of a copy")
         made.append({"kernel": name, "ms": took, "of_copy": share})

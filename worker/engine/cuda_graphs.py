@@ -21,6 +21,9 @@ Capture = Callable[[Step], Step]
 EAGER_USES = 2
 """Times that a step of a size runs before it is captured."""
 
+CALM_USES = 1000
+"""After so many more it is tried again if there was no memory for its graph."""
+
 
 class GraphCache:
     """Steps by their size."""
@@ -43,6 +46,10 @@ class GraphCache:
                 return step()
             try:
                 replay = self._capture(step)
+            except torch.OutOfMemoryError as error:
+                self._uses[size] = -CALM_USES
+                log.warning("no memory for the graph of a decode step: it runs without (%s)", error)
+                return step()
             except Exception as error:  # whatever driver, torch and Triton raise
                 self._capture = None
                 log.warning(
@@ -62,11 +69,21 @@ def cuda_capture(device: torch.device) -> Capture:
     pool: Any = torch.cuda.graph_pool_handle()
 
     def capture(step: Step) -> Step:
+        nonlocal pool
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        # Other threads of the worker may use the card meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            result = step()
+        # A capture that fails at its end leaves its own stream as the current one: hence the outer
+        # context. Other threads of the worker may use the card meanwhile.
+        try:
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(device)),
+                torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+            ):
+                result = step()
+        except Exception:
+            # torch takes no further graph into a pool whose only one has gone.
+            pool = torch.cuda.graph_pool_handle()
+            raise
 
         def replay() -> torch.Tensor:
             graph.replay()

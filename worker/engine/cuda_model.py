@@ -59,8 +59,10 @@ def fused_kernels() -> Any:
 def kernels_for(device: torch.device) -> Kernels:
     """The Triton kernels, once one of them has run there; raises whatever stands in its way."""
     kernels: Kernels = fused_kernels()
-    rows = torch.ones(2, 64, dtype=torch.bfloat16, device=device)
-    out = kernels.rms_norm(rows, rows[0], 1e-5)
+    # Kernels run on the thread's current device, whatever their tensors are on.
+    with torch.cuda.device(device):
+        rows = torch.ones(2, 64, dtype=torch.bfloat16, device=device)
+        out = kernels.rms_norm(rows, rows[0], 1e-5)
     if not torch.allclose(out.float(), rows.float(), atol=0.01):
         raise RuntimeError("a kernel gives wrong results")
     return kernels

@@ -50,7 +50,11 @@ class _Stage:
         self.array: cuda_step.Ints = self.packed.numpy()
         self.tokens = torch.zeros(choices, dtype=torch.int32, pin_memory=pinned)
         self.best = torch.zeros(choices, dtype=torch.float32, pin_memory=pinned)
-        self.landed: Any = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+        self.sent: Any = None
+        """Events on a card: the packed step has been copied, the choices are here."""
+        self.landed: Any = None
+        if pinned:
+            self.sent, self.landed = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
 
 
 class _GrammarSampler(Sampler):
@@ -108,7 +112,9 @@ class CudaRunner:
         self._left = torch.zeros(max_sequences, dtype=torch.int32, device=device)
         self._tokens = torch.zeros_like(self._left)
         self._best = torch.zeros(max_sequences, dtype=torch.float32, device=device)
+        self._logits: torch.Tensor | None = None
         self._left_by: dict[int, int] = {}
+        self._plain: dict[int, bool] = {}
         self._parameters: dict[int, cuda_step.Ints] = {}
         self._sampler = _GrammarSampler(vocab_size, device, kernels)
 
@@ -151,7 +157,10 @@ class CudaRunner:
         return self.launch(plan)()
 
     def runs_ahead(self, sequence: Sequence) -> bool:
-        return cuda_step.plain(sequence)
+        found = self._plain.get(id(sequence))
+        if found is None:
+            found = self._plain[id(sequence)] = cuda_step.plain(sequence)
+        return found
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Flight:
@@ -166,7 +175,7 @@ class CudaRunner:
         if not spans:
             return lambda: Choices([], [])
         places = _places(plan, spans)
-        plainly = all(map(cuda_step.plain, choosing))
+        plainly = all(map(self.runs_ahead, choosing))
         rows = cuda_step.bucket(len(spans), self._max_sequences)
         stage = self._stages[self._turn]
         self._turn = (self._turn + 1) % _STAGES
@@ -194,10 +203,18 @@ class CudaRunner:
     def _send(
         self, stage: _Stage, layout: Layout, spans: list[Span], groups: Groups | None = None
     ) -> None:
-        """Packs a step and copies it to the card."""
+        """Packs a step and copies it to the card.
+
+        What the stage held two steps ago may be on its way still: nobody waits for a step that
+        chooses nothing, or that failed.
+        """
+        if stage.sent is not None:
+            stage.sent.synchronize()
         parameters = [self._parameters_of(span.sequence) for span in spans if span.chooses]
         used = cuda_step.pack(stage.array, layout, spans, parameters, self._left_by, groups)
         self._input[:used].copy_(stage.packed[:used], non_blocking=True)
+        if stage.sent is not None:
+            stage.sent.record()
 
     def _parameters_of(self, sequence: Sequence) -> cuda_step.Ints:
         found = self._parameters.get(id(sequence))
@@ -219,7 +236,8 @@ class CudaRunner:
         return rows, views
 
     def _decode(self, layout: Layout, spans: list[Span], *, sampled: bool) -> torch.Tensor:
-        """One row a sequence, as a graph where that can be; logits [rows, vocab_rows]."""
+        """One row a sequence, as a graph where that can be; logits [rows, vocab_rows], or the
+        tokens if they have been `sampled`."""
         longest = max(span.start for span in spans) + 1
         splits = _power_of_two(splits_for(longest, BLOCK))
 
@@ -229,9 +247,19 @@ class CudaRunner:
             logits = self._model.forward(rows, views["ends"], attend)
             if sampled:
                 self._sample(layout, logits)
-            return logits
+                # A graph keeps its result for good: not the logits of each size.
+                return self._tokens
+            return self._kept(logits)
 
         return self._graphs.run((layout.rows, layout.tiles, splits, sampled), step)
+
+    def _kept(self, logits: torch.Tensor) -> torch.Tensor:
+        """A copy in memory that all sizes share; made by the first, which runs eagerly."""
+        if self._logits is None:
+            self._logits = logits.new_empty(self._max_sequences, logits.shape[1])
+        kept = self._logits[: len(logits)]
+        kept.copy_(logits)
+        return kept
 
     def _eagerly(self, layout: Layout, spans: list[Span], long: int) -> torch.Tensor:
         """Spans of any length, the `long` ones first; logits [choices, vocab_rows]."""
@@ -296,6 +324,7 @@ class CudaRunner:
         self._sampler.forget(sequence)
         self._parameters.pop(id(sequence), None)
         self._prefixes.forget(sequence)
+        self._plain.pop(id(sequence), None)
 
     def lost(self) -> bool:
         """Whether a CUDA error has made the context unusable for good."""

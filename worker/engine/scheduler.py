@@ -18,18 +18,17 @@ from worker.engine.sequence import Sequence
 _FEW = 16
 
 
-@dataclass(frozen=True, slots=True)
 class Span:
     """Positions `[start, start + count)` of a sequence, to be computed in a step."""
 
-    sequence: Sequence
-    start: int
-    count: int
+    __slots__ = ("chooses", "count", "sequence", "start")
 
-    @property
-    def chooses(self) -> bool:
+    def __init__(self, sequence: Sequence, start: int, count: int) -> None:
+        self.sequence = sequence
+        self.start = start
+        self.count = count
+        self.chooses = start + count == sequence.length
         """Whether the step reaches the sequence's end, so that its next token is chosen."""
-        return self.start + self.count == self.sequence.length
 
 
 @dataclass(slots=True)

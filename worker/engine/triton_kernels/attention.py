@@ -18,6 +18,10 @@ from worker.engine.triton_kernels.reference import SPLIT_BLOCKS, Prefixes
 
 PARTS_BYTES = 256 * 2**20
 """Of the parts of rows that are joined at a time."""
+WARPS, STAGES = 4, 3
+"""Of decode attention. Three stages load a block while the one before is computed only by other
+programs of the multiprocessor (five fit, of 32 KiB each at head_dim 128), five stages by the same
+one (three fit, twice as much each); `benchmarks/gpu/kernels.py` tells which is faster."""
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -132,8 +136,8 @@ def _launch(
         GROUPED=shared is not None,
         WITH_LSE=lse is not None,
         WIDE=WIDE_DOTS or query.dtype == torch.float32,
-        num_warps=4,
-        num_stages=3,
+        num_warps=WARPS,
+        num_stages=STAGES,
     )
 
 

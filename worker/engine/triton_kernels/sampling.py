@@ -1,9 +1,10 @@
 """Choosing tokens without sorting the vocabulary.
 
-One program a row. Top-k and top-p become the least logit that may be chosen, found digit by digit
-in the logits' bits: each pass over the vocabulary counts (or weighs) what is above 16 candidates at
-once, so bfloat16 takes four passes, float32 eight. The noise is that of `worker.engine.noise`, a
-function of (seed, position, token id); the sample is the argmax of logits and noise (Gumbel-max).
+One program a row. Top-k and top-p become the least logit that may be chosen, found two bits at a
+time in the logits' order: each pass over the vocabulary counts (or weighs) what is above three
+candidates, so bfloat16 takes eight passes, float32 sixteen, out of the card's cache. The noise is
+that of `worker.engine.noise`, a function of (seed, position, token id); the sample is the argmax of
+logits and noise (Gumbel-max).
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-_TILE = 1024
-_SEARCH_TILE = 512
+_TILE = 4096
+"""Logits that a program looks at at once: what is under way hides how long it takes to come."""
+_NOISE_TILE = 2048
+_LANES = 256
+_MASK_TILE = 1024
 _GOLDEN: tl.constexpr = tl.constexpr(0x9E3779B97F4A7C15)
 _FIRST: tl.constexpr = tl.constexpr(0xBF58476D1CE4E5B9)
 _SECOND: tl.constexpr = tl.constexpr(0x94D049BB133111EB)
@@ -40,21 +44,34 @@ def sample(
     `log_min_p` minus infinity. `streams` (int64) is `noise.stream_of` each seed, `places` (int32)
     how many tokens were generated before. NaN counts as the greatest and is told as infinity.
     """
-    _sample[(logits.shape[0],)](
+    rows = logits.shape[0]
+    least = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    _narrow[(rows,)](
         logits,
         logits.stride(0),
         vocab_size,
         temperatures,
         top_k,
         top_p,
+        least,
+        PASSES=8 if logits.dtype == torch.bfloat16 else 16,
+        LANES=_LANES,
+        WIDTH=16 // logits.element_size(),
+        num_warps=8,
+    )
+    _sample[(rows,)](
+        logits,
+        logits.stride(0),
+        vocab_size,
+        temperatures,
         log_min_p,
+        least,
         streams,
         places,
         tokens,
         best,
-        PASSES=4 if logits.dtype == torch.bfloat16 else 8,
         TILE=_TILE,
-        SEARCH_TILE=_SEARCH_TILE,
+        NOISE_TILE=_NOISE_TILE,
         num_warps=8,
     )
 
@@ -63,8 +80,8 @@ def mask_logits(logits: torch.Tensor, rows: torch.Tensor, words: torch.Tensor) -
     """Forbids, in place, what a grammar forbids: bit i % 32 of `words[j, i // 32]` (int32) says
     whether token i may come in row `rows[j]` (int32)."""
     vocab_size = logits.shape[1]
-    grid = (rows.shape[0], triton.cdiv(vocab_size, _TILE))
-    _mask[grid](logits, logits.stride(0), vocab_size, rows, words, words.stride(0), TILE=_TILE)
+    grid = (rows.shape[0], triton.cdiv(vocab_size, _MASK_TILE))
+    _mask[grid](logits, logits.stride(0), vocab_size, rows, words, words.stride(0), TILE=_MASK_TILE)
 
 
 @triton.jit
@@ -76,11 +93,15 @@ def _mixed(value):
 
 
 @triton.jit
-def _noise(key, ids):
-    """Standard Gumbel noise of token ids: float32, `-log(-log1p(-u))`."""
+def _uniform(key, ids):
+    """Uniform numbers in (0, 1) of token ids, float32."""
     state = _mixed(key + (ids + 1).to(tl.uint64) * _GOLDEN) >> 24
-    uniform = (state.to(tl.int64) + 1).to(tl.float32) * _UNIT
-    uniform = tl.minimum(uniform, _BELOW_ONE)
+    return tl.minimum((state.to(tl.int64) + 1).to(tl.float32) * _UNIT, _BELOW_ONE)
+
+
+@triton.jit
+def _gumbel(uniform):
+    """Standard Gumbel noise of uniform numbers: `-log(-log1p(-u))`."""
     # log1p by the rounding error of 1 - u (Kahan): exact enough down to 2^-40.
     rest = 1.0 - uniform
     gap = 1.0 - rest
@@ -98,12 +119,26 @@ def _ordered(values):
 
 @triton.jit
 def _mass_above(
-    row_ptr, vocab, floors, highest, inverse, WEIGHED: tl.constexpr, least, TILE: tl.constexpr
+    row_ptr,
+    vocab,
+    floor,
+    unit,
+    highest,
+    inverse,
+    WEIGHED: tl.constexpr,
+    least,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """How many logits are at or above each of 16 floors and `least`, or their weights' sum."""
-    ids = tl.arange(0, TILE)
-    sums = tl.zeros([16], tl.float32)
-    for start in range(0, vocab, TILE):
+    """How many logits, none of them below `least`, are at or above `floor` and one, two and three
+    units above that; or their weights' sums."""
+    # What a thread loads at a time it adds up for itself: threads meet after the last tile only.
+    ids = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    none = tl.zeros([LANES], tl.float32)
+    one = tl.zeros([LANES], tl.float32)
+    two = tl.zeros([LANES], tl.float32)
+    three = tl.zeros([LANES], tl.float32)
+    for start in range(0, vocab, LANES * WIDTH):
         inside = start + ids < vocab
         values = tl.load(row_ptr + start + ids, mask=inside, other=-float("inf")).to(tl.float32)
         ordered = _ordered(values)
@@ -112,9 +147,11 @@ def _mass_above(
             weights = tl.where(counted, tl.exp((values - highest) * inverse), 0.0)
         else:
             weights = tl.where(counted, 1.0, 0.0)
-        above = ordered[:, None] >= floors[None, :]
-        sums += tl.sum(tl.where(above, weights[:, None], 0.0), 0)
-    return sums
+        none += tl.sum(tl.where(ordered >= floor, weights, 0.0), 1)
+        one += tl.sum(tl.where(ordered >= floor + unit, weights, 0.0), 1)
+        two += tl.sum(tl.where(ordered >= floor + unit * 2, weights, 0.0), 1)
+        three += tl.sum(tl.where(ordered >= floor + unit * 3, weights, 0.0), 1)
+    return tl.sum(none, 0), tl.sum(one, 0), tl.sum(two, 0), tl.sum(three, 0)
 
 
 @triton.jit
@@ -128,20 +165,85 @@ def _least_with(
     least,
     WEIGHED: tl.constexpr,
     PASSES: tl.constexpr,
-    TILE: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """The greatest floor that leaves at least `target` and `share` of all above it."""
-    digits = tl.arange(0, 16).to(tl.uint32)
-    found = tl.sum(digits, 0) * 0
-    for step in tl.static_range(PASSES):
-        floors = found + (digits << (28 - 4 * step))
-        sums = _mass_above(row_ptr, vocab, floors, highest, inverse, WEIGHED, least, TILE)
-        if step == 0:
-            # Nothing is below the first floor.
-            target = tl.maximum(target, share * tl.max(sums, 0))
-        digit = tl.max(tl.where(sums >= target, digits, digits * 0), 0)
-        found += digit << (28 - 4 * step)
+    found = least * 0
+    for step in range(PASSES):
+        unit = (least * 0 + 1) << (30 - 2 * step)
+        none, one, two, three = _mass_above(
+            row_ptr, vocab, found, unit, highest, inverse, WEIGHED, least, LANES, WIDTH
+        )
+        # Nothing is below the first floor.
+        target = tl.where(step == 0, tl.maximum(target, share * none), target)
+        found += tl.where(one >= target, unit, 0).to(tl.uint32)
+        found += tl.where(two >= target, unit, 0).to(tl.uint32)
+        found += tl.where(three >= target, unit, 0).to(tl.uint32)
     return found
+
+
+@triton.jit
+def _narrow(
+    logits_ptr,
+    stride,
+    vocab,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    least_ptr,
+    PASSES: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The least logit of a row that top-k and top-p leave, as its ordered bits."""
+    row = tl.program_id(0)
+    temperature = tl.load(temperature_ptr + row)
+    top_k = tl.load(top_k_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
+    least = (row * 0).to(tl.uint32)
+    if (temperature > 0) & ((top_k < vocab) | (top_p < 1)):
+        row_ptr = logits_ptr + row.to(tl.int64) * stride
+        ids = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        most = tl.full([LANES, WIDTH], -float("inf"), tl.float32)
+        for start in range(0, vocab, LANES * WIDTH):
+            inside = start + ids < vocab
+            values = tl.load(row_ptr + start + ids, mask=inside, other=-float("inf"))
+            values = values.to(tl.float32)
+            most = tl.maximum(most, tl.where(values == values, values, float("inf")))
+        highest = tl.max(tl.max(most, 1), 0)
+        if (highest > -float("inf")) & (highest < float("inf")):
+            inverse = 1.0 / temperature
+            if top_k < vocab:
+                least = _least_with(
+                    row_ptr,
+                    vocab,
+                    top_k.to(tl.float32),
+                    top_p * 0.0,
+                    highest,
+                    inverse,
+                    least,
+                    False,
+                    PASSES,
+                    LANES,
+                    WIDTH,
+                )
+            if top_p < 1:
+                nucleus = _least_with(
+                    row_ptr,
+                    vocab,
+                    top_p * 0.0,
+                    top_p,
+                    highest,
+                    inverse,
+                    least,
+                    True,
+                    PASSES,
+                    LANES,
+                    WIDTH,
+                )
+                least = tl.maximum(least, nucleus)
+    tl.store(least_ptr + row, least.to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -150,16 +252,14 @@ def _sample(
     stride,
     vocab,
     temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
     log_min_p_ptr,
+    least_ptr,
     stream_ptr,
     place_ptr,
     token_ptr,
     best_ptr,
-    PASSES: tl.constexpr,
     TILE: tl.constexpr,
-    SEARCH_TILE: tl.constexpr,
+    NOISE_TILE: tl.constexpr,
 ):
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * stride
@@ -177,56 +277,32 @@ def _sample(
     highest = tl.max(scores, 0)
     token = tl.min(tl.where(scores == highest, chosen, vocab), 0)
     if (temperature > 0) & (highest > -float("inf")) & (highest < float("inf")):
-        inverse = 1.0 / temperature
-        top_k = tl.load(top_k_ptr + row)
-        top_p = tl.load(top_p_ptr + row)
-        least = (row * 0).to(tl.uint32)
-        if top_k < vocab:
-            least = _least_with(
-                row_ptr,
-                vocab,
-                top_k.to(tl.float32),
-                top_p * 0.0,
-                highest,
-                inverse,
-                least,
-                False,
-                PASSES,
-                SEARCH_TILE,
-            )
-        if top_p < 1:
-            nucleus = _least_with(
-                row_ptr,
-                vocab,
-                top_p * 0.0,
-                top_p,
-                highest,
-                inverse,
-                least,
-                True,
-                PASSES,
-                SEARCH_TILE,
-            )
-            least = tl.maximum(least, nucleus)
+        least = tl.load(least_ptr + row).to(tl.uint32, bitcast=True)
         floor = tl.div_rn(highest, temperature) + tl.load(log_min_p_ptr + row)
         seed = tl.load(stream_ptr + row).to(tl.uint64)
         place = (tl.load(place_ptr + row) + 1).to(tl.uint64)
         key = _mixed(seed + place * _GOLDEN)
-        scores = tl.full([TILE], -float("inf"), tl.float32)
-        chosen = tl.zeros([TILE], tl.int32)
-        for start in range(0, vocab, TILE):
-            inside = start + ids < vocab
-            values = tl.load(row_ptr + start + ids, mask=inside, other=-float("inf")).to(tl.float32)
-            scaled = tl.div_rn(values, tl.zeros([TILE], tl.float32) + temperature)
+        some = tl.arange(0, NOISE_TILE)
+        best = (row * 0).to(tl.float32) - float("inf")
+        for start in range(0, vocab, NOISE_TILE):
+            inside = start + some < vocab
+            values = tl.load(row_ptr + start + some, mask=inside, other=-float("inf"))
+            values = values.to(tl.float32)
+            scaled = tl.div_rn(values, tl.zeros([NOISE_TILE], tl.float32) + temperature)
             kept = inside & (_ordered(values) >= least) & (scaled >= floor)
             # Narrow rows need noise for few tiles.
             if tl.max(kept.to(tl.int32), 0) > 0:
-                noisy = tl.where(kept, scaled + _noise(key, start + ids), -float("inf"))
-                better = noisy > scores
-                scores = tl.where(better, noisy, scores)
-                chosen = tl.where(better, start + ids, chosen)
-        likeliest = tl.max(scores, 0)
-        token = tl.min(tl.where(scores == likeliest, chosen, vocab), 0)
+                uniform = _uniform(key, start + some)
+                # Noise is above x with u < exp(-x) only, so most tiles need no logarithms. What is
+                # added is more than all roundings of the sum.
+                slack = 1e-3 + tl.abs(best) * 1e-6
+                hopeful = kept & (uniform <= tl.exp(scaled - best + slack))
+                if tl.max(hopeful.to(tl.int32), 0) > 0:
+                    noisy = tl.where(hopeful, scaled + _gumbel(uniform), -float("inf"))
+                    highest_here = tl.max(noisy, 0)
+                    if highest_here > best:
+                        best = highest_here
+                        token = tl.min(tl.where(noisy == best, start + some, vocab), 0)
     tl.store(token_ptr + row, token)
     tl.store(best_ptr + row, highest)
 

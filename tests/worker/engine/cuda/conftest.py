@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -39,8 +40,12 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _interpreted() -> Iterator[None]:
     """The environment of the interpreter, for as long as a test takes. It computes with numpy,
-    which warns where a card does not."""
-    with pytest.MonkeyPatch.context() as patched, np.errstate(all="ignore"):
+    which warns where a card does not, in an engine's thread too."""
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        np.errstate(all="ignore"),
+        warnings.catch_warnings(action="ignore", category=RuntimeWarning),
+    ):
         if DEVICE.type == "cpu":
             patched.setenv("TRITON_INTERPRET", "1")
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 from tests.checkpoints import tiny_llama
 from tests.engines import PROMPTS, VOCAB, ask, tokens, wait
 from tests.worker.engine.test_torch_runner import LONG, MODELS, generated
-from worker.engine import cuda_step
+from worker.engine import cuda_graphs, cuda_model, cuda_step
 from worker.engine.block_manager import BlockManager
 from worker.engine.cuda_graphs import EAGER_USES, GraphCache, Step
 from worker.engine.cuda_memory import Use
@@ -164,6 +165,65 @@ def test_the_cache_gets_what_is_left() -> None:
     assert Use(total=10 * gib, used=9 * gib, prefill=gib, decode=gib).cache == 0
 
 
+class Event:
+    """Of a copy that is under way until somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.waited, self.under_way = 0, False
+
+    def record(self) -> None:
+        self.under_way = True
+
+    def synchronize(self) -> None:
+        self.waited += self.under_way
+        self.under_way = False
+
+
+def test_a_step_is_not_packed_over_one_that_is_being_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody waits for steps that choose nothing, such as those of a long prompt."""
+    runner = runner_of(tiny_llama())
+    packed = cuda_step.pack
+    for stage in runner._stages:
+        stage.sent = Event()
+
+    def watched(array: Any, *given: Any) -> int:
+        stage = next(stage for stage in runner._stages if stage.array is array)
+        assert not stage.sent.under_way
+        return packed(array, *given)
+
+    monkeypatch.setattr(cuda_step, "pack", watched)
+    one = sequence(90, blocks=2)
+    for start in range(0, 80, 20):
+        runner.launch(Plan([Span(one, start, 20)]))
+    assert [stage.sent.waited for stage in runner._stages] == [1, 1]
+
+
+def test_a_graph_keeps_no_logits(started: Any) -> None:
+    """Of each size and number of splits they would take gigabytes."""
+    kept: list[torch.Tensor] = []
+
+    def capture(step: Step) -> Step:
+        kept.append(step())
+        return fake_capture(step)
+
+    runner = runner_of(tiny_llama())
+    runner._graphs = GraphCache(capture)
+    engine = started(runner)
+    for slow in ({}, {"logprobs": 1}):
+        for count in (1, 2, 3):
+            prompts = [ask((3, 5, place), max_new_tokens=8, **slow) for place in range(count)]
+            tokens(engine, *prompts)
+    assert len(kept) >= 4
+    memory = {result.untyped_storage().data_ptr() for result in kept}
+    assert memory == {
+        part.untyped_storage().data_ptr()
+        for part in (runner._tokens, runner._logits)
+        if part is not None
+    }
+
+
 # The parts.
 
 
@@ -243,6 +303,84 @@ def test_graphs_are_captured_once_a_size_comes_again() -> None:
     graphs.run(8, step)
     assert calls == ["step"] * EAGER_USES + ["capture"] + ["step"] * 4
     assert len(graphs) == 1
+
+
+def test_a_lack_of_memory_costs_one_graph_for_a_while(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "CALM_USES", 5)
+    lacking = [True]
+
+    def capture(step: Step) -> Step:
+        if lacking:
+            lacking.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step
+
+    graphs = GraphCache(capture)
+    with caplog.at_level(logging.WARNING, "nightherd.engine"):
+        for use in range(EAGER_USES + 1 + 5 + EAGER_USES + 1):
+            assert len(graphs) == 0, use
+            assert graphs.run(4, lambda: torch.ones(1)) == 1
+    assert len(graphs) == 1
+    assert len(caplog.records) == 1
+
+
+def test_a_failed_capture_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch leaves the stream of a capture that fails at its end, and its pool, unusable."""
+    current, pools = ["the engine's"], []
+
+    @contextlib.contextmanager
+    def stream(wanted: str) -> Iterator[None]:
+        before = current[0]
+        current[0] = wanted
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    @contextlib.contextmanager
+    def graph(_graph: Any, *, pool: int, capture_error_mode: str) -> Iterator[None]:
+        pools.append(pool)
+        current[0] = "the capture's"
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    for name, fake in {
+        "graph_pool_handle": iter(range(9)).__next__,
+        "synchronize": lambda device: None,
+        "CUDAGraph": lambda: None,
+        "current_stream": lambda device: current[0],
+        "stream": stream,
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    capture = cuda_graphs.cuda_capture(torch.device("cuda", 0))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="previous error"):
+            capture(lambda: torch.ones(1))
+        assert current == ["the engine's"]
+    assert pools == [0, 1]
+
+
+def test_the_kernels_are_tried_on_their_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the thread's current device, wherever its tensors are."""
+    current: list[Any] = []
+
+    @contextlib.contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        current.append(wanted)
+        yield
+        current.pop()
+
+    class Kernels:
+        def rms_norm(self, rows: torch.Tensor, *given: Any) -> torch.Tensor:
+            assert current == [rows.device]
+            return rows.clone()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(cuda_model, "fused_kernels", Kernels)
+    cuda_model.kernels_for(torch.device("cpu"))
 
 
 def test_without_graphs_it_goes_on(caplog: pytest.LogCaptureFixture) -> None:

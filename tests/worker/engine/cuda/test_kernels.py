@@ -222,12 +222,12 @@ def sampled(module: Any, logits: torch.Tensor, given: dict[str, Any]) -> tuple[A
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab", [40, 1024, 2500])
+@pytest.mark.parametrize("vocab", [40, 2500])
 def test_sampling(vocab: int, dtype: torch.dtype, device: torch.device) -> None:
     torch.manual_seed(3)
     rng = random.Random(5)
     rows: list[dict[str, Any]] = [{"temperature": 0.0}]
-    for seed in range(20):
+    for seed in range(13):
         rows.append(
             {
                 "temperature": rng.choice([0.3, 1.0, 1.7]),
@@ -254,6 +254,19 @@ def test_the_noise_is_that_of_the_engine(device: torch.device) -> None:
     got, _ = sampled(sampling, logits, rows_of(device, rows, 700))
     keys = [noise.noise_key(row["seed"], row["place"]) for row in rows]
     assert got == noise.gumbel_noise(keys, 700, device).argmax(1).tolist()
+
+
+def test_the_noise_decides_over_many_tiles(device: torch.device) -> None:
+    """Most noise is never computed, as it cannot win; whatever could win must be."""
+    vocab = 5 * sampling._NOISE_TILE + 13
+    torch.manual_seed(8)
+    rows = [{"seed": 11 * place, "temperature": [1.0, 1e-4, 3.0][place % 3]} for place in range(9)]
+    logits = torch.randn(9, vocab, device=device) * 0.5 - 20
+    logits[3:6] = logits[3:6].round()
+    given = rows_of(device, rows, vocab)
+    wanted = sampled(reference, logits, given)
+    assert sampled(sampling, logits, given) == wanted
+    assert len({token // sampling._NOISE_TILE for token in wanted[0]}) > 3
 
 
 def test_sampling_without_finite_logits(device: torch.device) -> None:
