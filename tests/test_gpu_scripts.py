@@ -154,3 +154,42 @@ def test_continuous_batching_by_torchs_own_attention(monkeypatch: pytest.MonkeyP
         answers.append(sorted(seen))
         assert bool(calls) == (attention == driver.TORCH_FLASH)
     assert answers[0] == answers[1]
+
+
+def test_the_fastest_settings_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on a card, where one of them does not run."""
+    driver = importlib.import_module("drive_transformers_cb")
+    from tests.checkpoints import tiny_llama
+
+    measured: list[Any] = []
+    requests = [{"prompt": [3, 4, 5 + place], "out": 3} for place in range(4)]
+    given = SimpleNamespace(
+        greedy=True,
+        context=128,
+        threads=2,
+        device="cuda",
+        kv_bytes=32 * 32 * 1024,
+        kv_bytes_per_token=1024,
+        requests=requests,
+        option=lambda name, default: {"page_size": 32, "max_batch_tokens": 64}.get(name, default),
+        measure=lambda generate, settings, more: measured.append((generate(requests), settings)),
+    )
+    wanted = driver.candidates(given)
+    assert [one["name"] for one in wanted] == ["torch-flash", "sdpa"]
+    assert wanted[0]["config"]["use_cuda_graph"]
+    assert not wanted[1]["config"].get("use_cuda_graph")
+    given.device = "cpu"
+    assert [one["config"]["num_blocks"] for one in driver.candidates(given)] == [32]
+    monkeypatch.setattr(driver, "candidates", lambda given: wanted)
+    monkeypatch.setattr(driver, "transformers_model", lambda given, **more: tiny_llama())
+
+    def break_(model: Any) -> None:
+        raise RuntimeError("no flash attention here")
+
+    monkeypatch.setattr(driver, "use_torch_flash", break_)
+    driver.main(given)
+    ((lengths, settings),) = measured
+    assert lengths == [3] * 4
+    assert settings["name"] == "sdpa"
+    assert settings["tried"]["torch-flash"] == "RuntimeError: no flash attention here"
+    assert settings["tried"]["sdpa"] > 0
