@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import machine
+from card import breakdown, least_seconds, linear_flops
 from shapes import CONTEXT, SHAPES, Shape, checkpoint
-from workloads import WORKLOADS, Request, as_text, shared_tokens, warm_up, workload
+from workloads import WORKLOADS, Request, as_text, warm_up, workload
 
 ROOT = Path(__file__).resolve().parents[1]
 DRIVERS = Path(__file__).resolve().parent / "peers"
@@ -32,6 +33,8 @@ PEER_NAMES = ("vllm", "openvino", "transformers", "transformers-cb")
 ENGINES = (OURS, WORKER, *PEER_NAMES)
 _OWN_ENVIRONMENT = ("vllm", "openvino")
 _CPU_ONLY = ("openvino",)
+_NEED_FILES = (WORKER, "vllm", "openvino")
+"""Others can make random weights by themselves."""
 _NO_SCHEMA = (WORKER, "transformers", "transformers-cb")
 _DTYPES = {"bf16": "bfloat16", "float32": "float32"}
 _GIB = 1 << 30
@@ -60,7 +63,14 @@ def arguments() -> argparse.Namespace:
     add("--rounds", type=int, default=3)
     add("--device", default="cpu", help="cpu or cuda")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    add("--kv-memory", type=float, metavar="GIB", help="of every engine (2 on a CPU, 60 on a card)")
+    add(
+        "--kv-memory",
+        type=float,
+        metavar="GIB",
+        help="of every engine (2 on a CPU, its own choice on a card)",
+    )
+    add("--random", action="store_true", help="weights made in each process, as on a card")
+    add("--profile", type=int, default=0, metavar="N", help="then N requests again, by kernel")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-p", type=float, default=1.0)
     add("--top-k", type=int, default=0)
@@ -76,7 +86,7 @@ def arguments() -> argparse.Namespace:
     add("--force", action="store_true", help="measure on a busy machine too")
     given = parser.parse_args()
     if given.kv_memory is None:
-        given.kv_memory = 2.0 if given.device == "cpu" else 60.0
+        given.kv_memory = 2.0 if given.device == "cpu" else 0.0
     return given
 
 
@@ -87,16 +97,17 @@ def main() -> None:
     engines = available(given)
     shape, dtype = SHAPES[given.shape], _DTYPES[given.dtype]
     say(f"checkpoint {given.shape} in {dtype}")
-    folder = checkpoint(given.shape, dtype, given.cache)
+    given.random = (given.random or given.device != "cpu") and not {*engines} & {*_NEED_FILES}
+    folder = checkpoint(given.shape, dtype, given.cache, weights=not given.random)
     data = given.data or _default_data(given.cache)
     requests = workload(given.workload, given.requests, folder, data)
     if WORKER in engines:
         requests = as_text(requests, folder)
     runner = Runner(given, shape, folder, requests)
     runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
-    rates: list[float] = []
+    rates: list[dict[str, float]] = []
     for number in range(1, given.rounds + 1):
-        rates.append(runner.matrix_rate())
+        rates.append(runner.limits())
         for engine in list(engines):
             result = runner.measure(engine)
             if result is None:
@@ -104,6 +115,8 @@ def main() -> None:
                 continue
             runs[engine].append(result)
             say(f"round {number}: {engine} {result['tokens_per_second']:,.0f} tokens/s")
+            if "profile" in result:
+                say(f"  {breakdown(result['profile'])}")
     report(given, shape, requests, {name: of for name, of in runs.items() if of}, rates)
 
 
@@ -152,6 +165,8 @@ class Runner:
         itemsize = 2 if dtype == "bfloat16" else 4
         self._task = {
             "checkpoint": str(folder),
+            "random": given.shape if given.random else None,
+            "profile": given.profile,
             "dtype": dtype,
             "device": given.device,
             "threads": given.threads,
@@ -163,18 +178,24 @@ class Runner:
             "top_k": given.top_k,
             "schema": SCHEMA if given.json_schema else None,
             "requests": requests,
-            "warm_up": as_text(warm_up(), folder),
+            "warm_up": as_text(self._warm_up(len(requests)), folder),
             "cache": str(given.cache),
         }
         self._options = _options(given)
 
-    def matrix_rate(self) -> float:
-        """FLOP a second of the fastest matrix product here."""
+    def _warm_up(self, count: int) -> list[Request]:
+        """A few; on a card many, ragged, so that all sizes of a batch come by."""
+        if self._given.device == "cpu":
+            return warm_up()
+        return warm_up(min(2048, 3 * count), prompt=20, out=8, more=64)
+
+    def limits(self) -> dict[str, float]:
+        """`matrix_flops` here, and on a card `copy_bytes_per_second`."""
         matrices = [*self._shape.matrices.values()]
         result = self._run("ceiling", {**self._task, "requests": [], "matrices": matrices})
         if result is None:
             raise SystemExit("the ceiling cannot be measured")
-        return float(result["flops"])
+        return result
 
     def measure(self, engine: str) -> dict[str, Any] | None:
         """One run of an engine; None if it failed, with a line that says where to read why."""
@@ -196,7 +217,7 @@ class Runner:
         own = PEERS / name / "bin" / "python" if name in _OWN_ENVIRONMENT else sys.executable
         driver = DRIVERS / f"drive_{name.replace('-', '_')}.py"
         ended = machine.run(
-            [str(own), str(driver), str(path)], self._environment(), log, self._given.limit
+            [str(own), str(driver), str(path)], self._environment(name), log, self._given.limit
         )
         if ended.code != 0 or not result.is_file():
             why = "took too long" if ended.code is None else f"failed with exit code {ended.code}"
@@ -215,12 +236,17 @@ class Runner:
                 "longer with --patience, or go on with --force"
             )
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, name: str) -> dict[str, str]:
         kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("NIGHTHERD_", "PYTHON", "VLLM_", "VIRTUAL_ENV"))
+            variable: value
+            for variable, value in os.environ.items()
+            if not variable.startswith(("NIGHTHERD_", "PYTHON", "VLLM_", "VIRTUAL_ENV"))
         }
+        if name not in _OWN_ENVIRONMENT:
+            # A bare machine has neither us nor all of our packages among its own.
+            kept["PYTHONPATH"] = os.pathsep.join(
+                [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            )
         return {
             **kept,
             "HF_HUB_OFFLINE": "1",
@@ -232,7 +258,8 @@ class Runner:
 def _options(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The options of each engine: those of nightherd, and `--set`."""
     options: dict[str, dict[str, Any]] = {
-        OURS: {"kind": given.kind, "budget": given.budget, "max_batch": given.max_batch}
+        OURS: {"kind": given.kind, "budget": given.budget, "max_batch": given.max_batch},
+        WORKER: {"budget": given.budget, "max_batch": given.max_batch},
     }
     for entry in given.set:
         name, _, value = entry.partition("=")
@@ -247,25 +274,22 @@ def _options(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return options
 
 
-def linear_flops(name: str, shape: Shape, requests: list[Request]) -> int:
-    """FLOP of all matrices for a workload; a shared prefix and each last token are spared."""
-    rows = sum(len(request["prompt"]) + request["out"] - 1 for request in requests)
-    outputs = sum(request["out"] for request in requests)
-    rows -= shared_tokens(name, requests)
-    return 2 * (rows * shape.layer_weights + outputs * shape.output_weights)
-
-
 def report(
     given: argparse.Namespace,
     shape: Shape,
     requests: list[Request],
     runs: dict[str, list[dict[str, Any]]],
-    rates: list[float],
+    rates: list[dict[str, float]],
 ) -> None:
     """Prints the table and the line of JSON."""
     tokens = sum(request["out"] for request in requests)
-    flops = linear_flops(given.workload, shape, requests)
-    ceiling = tokens * max(rates) / flops
+    best_rates = max(rates, key=lambda rate: rate["matrix_flops"])
+    matrix_flops = best_rates["matrix_flops"]
+    if "copy_bytes_per_second" in best_rates:
+        itemsize = 2 if given.dtype == "bf16" else 4
+        ceiling = tokens / least_seconds(given.workload, shape, requests, best_rates, itemsize)
+    else:
+        ceiling = tokens * matrix_flops / linear_flops(given.workload, shape, requests)
     speeds = {
         name: statistics.median(run["tokens_per_second"] for run in of) for name, of in runs.items()
     }
@@ -275,7 +299,12 @@ def report(
     what = f"{given.shape} {given.workload} {given.dtype} {given.device}"
     print(
         f"{what}, {len(requests)} requests, {tokens:,} tokens, {given.threads} threads; "
-        f"ceiling {ceiling:,.0f} tokens/s at {max(rates) / 1e9:,.0f} GFLOP/s"
+        f"ceiling {ceiling:,.0f} tokens/s at {matrix_flops / 1e9:,.0f} GFLOP/s"
+        + "".join(
+            f" and a copy of {rate / 1e9:,.0f} GB/s"
+            for name, rate in best_rates.items()
+            if name == "copy_bytes_per_second"
+        )
     )
     for line in _table(runs, speeds, best, ceiling):
         print(line)
@@ -297,10 +326,12 @@ def report(
         "best_peer": best,
         "ratio_to_best_peer": None if best is None or ours is None else ours / peers[best],
         "ratio_by_round": _ratios(runs, best),
+        "ratio_to_each": {name: ours / speed for name, speed in peers.items() if ours is not None},
         "worker_to_engine": _ratios(runs, OURS, of=WORKER),
         "ceiling": ceiling,
         "share_of_ceiling": None if ours is None else ours / ceiling,
-        "matrix_flops": rates,
+        "limits": rates,
+        "random_weights": given.random,
         "disturbed_runs": noisy,
         "runs": runs,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -332,7 +363,7 @@ def _table(
         of, speed = runs[name], speeds[name]
         each = [run["tokens_per_second"] for run in of]
         share = "-" if best is None else f"{speed / speeds[best]:.2f}"
-        peak = max(run["peak_bytes"] for run in of) / 1e6
+        peak = max(run.get("peak_device_bytes", run["peak_bytes"]) for run in of) / 1e6
         load = statistics.median(run["load_seconds"] for run in of)
         yield (
             f"{name:<16}{speed:>10,.0f}{min(each):>9,.0f}{max(each):>9,.0f}"

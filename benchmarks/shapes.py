@@ -59,6 +59,8 @@ class Shape:
 
 
 SHAPES = {
+    # To try benchmarks themselves, on any machine.
+    "T": Shape(256, 512, 3, 4, 2, vocab=8192, tokenizer=8000, tied=False),
     "S": Shape(288, 768, 6, 6, 6, vocab=8192, tokenizer=8000),
     "M": Shape(576, 1536, 30, 9, 3, vocab=32000, tokenizer=32000),
     # Llama-3.2-1B.
@@ -69,25 +71,40 @@ SHAPES = {
 }
 
 
-def checkpoint(name: str, dtype: str, cache: Path) -> Path:
-    """The folder of a shape's checkpoint in `float32` or `bfloat16`, made if it is not there."""
-    folder = cache / f"{name}-{dtype}"
+def checkpoint(name: str, dtype: str, cache: Path, *, weights: bool = True) -> Path:
+    """The folder of a shape's checkpoint in `float32` or `bfloat16`, made if it is not there;
+    without `weights` for those who make them with `random_model`."""
+    folder = cache / (f"{name}-{dtype}" if weights else f"{name}-empty")
     if (folder / "config.json").is_file():
         return folder
     made = cache / f".{folder.name}"
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
-    _write(SHAPES[name], dtype, made)
+    _write(name, dtype if weights else None, made)
     made.rename(folder)
     return folder
 
 
-def _write(shape: Shape, dtype: str, folder: Path) -> None:
+def _write(name: str, dtype: str | None, folder: Path) -> None:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
-    config = LlamaConfig(
+    logging.disable_progress_bar()
+    if dtype is None:
+        llama_config(name).save_pretrained(folder)
+    else:
+        # A card makes billions of random numbers in seconds, a CPU in minutes.
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = random_model(name, "float32", device)
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
+    _tokenizer(SHAPES[name].tokenizer).save_pretrained(folder)
+
+
+def llama_config(name: str, context: int = CONTEXT, **more: Any) -> Any:
+    from transformers import LlamaConfig
+
+    shape = SHAPES[name]
+    return LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -95,20 +112,34 @@ def _write(shape: Shape, dtype: str, folder: Path) -> None:
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         tie_word_embeddings=shape.tied,
         rms_norm_eps=1e-5,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
+        **more,
     )
-    logging.disable_progress_bar()
+
+
+def random_model(name: str, dtype: str, device: str, context: int = CONTEXT, **more: Any) -> Any:
+    """A LLaMA with random weights of a fixed seed, made where it is to be: no file, no copy."""
+    import torch
+    from transformers import LlamaForCausalLM
+
     torch.manual_seed(_SEED)
-    # A card makes billions of random numbers in seconds, a CPU in minutes.
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(config)
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
-    _tokenizer(shape.tokenizer).save_pretrained(folder)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(llama_config(name, context, **more))
+        # Angles are float32 in every precision, as from_pretrained leaves them.
+        torch.set_default_dtype(torch.float32)
+        with torch.device(device):
+            model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval()
 
 
 def _tokenizer(size: int) -> Any:

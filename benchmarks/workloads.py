@@ -43,14 +43,18 @@ def workload(name: str, count: int, tokenizer: Path, data: Path | None) -> list[
     ]
 
 
-def warm_up(count: int = 8, prompt: int = 100, out: int = 8) -> list[Request]:
-    """A few requests that share nothing with any workload, so that no cache has them."""
+def warm_up(count: int = 8, prompt: int = 100, out: int = 8, more: int = 0) -> list[Request]:
+    """A few requests that share nothing with any workload, so that no cache has them; outputs grow
+    from `out` by up to `more`."""
     import numpy as np
 
     rng = np.random.default_rng(4321)
     return [
-        {"prompt": [1, *rng.integers(3, _IDS, prompt - 1).tolist()], "out": out}
-        for _ in range(count)
+        {
+            "prompt": [1, *rng.integers(3, _IDS, prompt - 1).tolist()],
+            "out": out + place * more // count,
+        }
+        for place in range(count)
     ]
 
 

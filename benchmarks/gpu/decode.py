@@ -3,37 +3,56 @@
 from __future__ import annotations
 
 import itertools
+import time
 from typing import Any
 
-from common import limits, linear_weights, make_engine, make_model, options, prompts, result, say
+from common import (
+    SHAPES,
+    breakdown,
+    capture_of,
+    limits,
+    make_engine,
+    make_runner,
+    options,
+    profiled,
+    prompts,
+    random_model,
+    result,
+    say,
+    synchronize,
+)
 
 
 def main() -> None:
-    given = options(__doc__, shape="8B", context=2048, length=640, batches="1,16,64,256,512,1024")
+    given = options(__doc__, {"context": 256, "length": 130, "batches": "1,3", "budget": 64},
+                    shape="8B", context=2048, length=640, batches="1,16,64,256,512,1024",
+                    budget=8192, tests=1)  # fmt: skip
     with result(f"decode-{given.shape}", given) as made:
-        made["float32_tokens_equal"] = float32_tokens()
-        made["bf16_error"] = bfloat16_errors()
+        if given.tests:
+            made["float32_tokens_equal"] = float32_tokens(given)
+            made["bf16_error"] = bfloat16_errors(given)
         made |= limits()
-        batches = [int(batch) for batch in given.batches.split(",")]
-        made["steps"] = steps(given.shape, given.context, given.length, batches, made)
+        made["steps"] = steps(given, made)
 
 
-def float32_tokens() -> float:
+def float32_tokens(given: Any) -> float:
     """Share of greedy tokens that equal transformers', float32, sharp weights, mixed lengths."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = False
-    model = make_model("tiny", "float32", 1024)
-    texts = [prompts(1, length, 1000, length)[0] for length in (1, 5, 63, 64, 65, 200, 300, 700)]
+    device, out = given.device, 6 if given.dry else 64
+    lengths = (1, 65) if given.dry else (1, 5, 63, 64, 65, 200, 300, 700)
+    model = random_model("T", "float32", device, 1024, initializer_range=0.1)
+    texts = [prompts(1, length, 8192, length)[0] for length in lengths]
     wanted = []
     with torch.inference_mode():
         for text in texts:
-            ids = torch.tensor([text], device="cuda")
-            out = model.generate(ids, do_sample=False, max_new_tokens=64, eos_token_id=None,
-                                 attention_mask=torch.ones_like(ids), pad_token_id=0)  # fmt: skip
-            wanted.append(out[0, len(text) :].tolist())
+            ids = torch.tensor([text], device=device)
+            made = model.generate(ids, do_sample=False, max_new_tokens=out, eos_token_id=None,
+                                  attention_mask=torch.ones_like(ids), pad_token_id=0)  # fmt: skip
+            wanted.append(made[0, len(text) :].tolist())
     distinct = min(len(set(row[:32])) for row in wanted)
-    got = greedy(model, texts, 64, 1024)
+    got = greedy(model, texts, out, 1024)
     pairs = list(zip(itertools.chain(*wanted), itertools.chain(*got), strict=True))
     share = sum(ours == theirs for ours, theirs in pairs) / len(pairs)
     say(f"float32: {share:.1%} of tokens equal, at least {distinct} distinct in 32")
@@ -63,25 +82,30 @@ def greedy(model: Any, texts: list[list[int]], out: int, context: int) -> list[l
         engine.stop()
 
 
-def bfloat16_errors() -> dict[str, float]:
+def bfloat16_errors(given: Any) -> dict[str, float]:
     """Teacher-forced logits of a text against float32: ours and transformers' own bf16."""
     import torch
 
     from nightherd.params import SamplingParams
-    from worker.engine.cuda_model import kernels_for
-    from worker.engine.cuda_runner import CudaRunner
+    from worker.engine.cuda_graphs import GraphCache
     from worker.engine.interface import EngineRequest
     from worker.engine.scheduler import Plan, Span
     from worker.engine.sequence import Sequence
 
-    text = prompts(1, 500, 1000)[0]
-    ids = torch.tensor([text], device="cuda")
+    device, end = given.device, 304 if given.dry else 500
+
+    def sharp(dtype: str) -> Any:
+        return random_model("T", dtype, device, 1024, initializer_range=0.1)
+
+    text = prompts(1, end, 8192)[0]
+    ids = torch.tensor([text], device=device)
     with torch.inference_mode():
-        exact = make_model("tiny", "bfloat16", 1024).float()(ids).logits[0]
-        model = make_model("tiny", "bfloat16", 1024)
+        exact = sharp("bfloat16").float()(ids).logits[0]
+        model = sharp("bfloat16")
         theirs = model(ids).logits[0].float()
-    runner = CudaRunner(model, kernels=kernels_for(ids.device), vocab_size=1000, max_sequences=4,
-                        max_rows=512, context=1024)  # fmt: skip
+    runner = make_runner(model, sequences=4, rows=512, context=1024)
+    # A graph would not call what watches.
+    runner._graphs = GraphCache(None)
     runner.make_cache(20)
     seen: list[Any] = []
     forward = runner._model.forward
@@ -95,11 +119,11 @@ def bfloat16_errors() -> dict[str, float]:
     sequence.block_ids = list(range(3, 11))
     # A prefill, a second one after a cached prefix, then one position at a time.
     whole = sequence.token_ids
-    for start, end in ((0, 100), (100, 300), *((p, p + 1) for p in range(300, 500))):
-        sequence.token_ids = whole[:end]
-        runner.execute(Plan([Span(sequence, start, end - start)]))
-    places = [99, 299, *range(300, 500)]
-    ours = torch.cat(seen)[:, :1000]
+    for start, stop in ((0, 100), (100, 300), *((p, p + 1) for p in range(300, end))):
+        sequence.token_ids = whole[:stop]
+        runner.execute(Plan([Span(sequence, start, stop - start)]))
+    places = [99, 299, *range(300, end)]
+    ours = torch.cat(seen)
     own, other = (ours - exact[places]).abs(), (theirs - exact)[places].abs()
     made = {
         "max_ratio": float(own.max() / other.max()),
@@ -110,87 +134,83 @@ def bfloat16_errors() -> dict[str, float]:
     return made
 
 
-def steps(
-    shape: str, context: int, length: int, batches: list[int], rates: dict[str, Any]
-) -> list[dict[str, float]]:
-    """Milliseconds of a decode step with every sequence at `length`: graph, eager, least."""
-    import time
-
+def steps(given: Any, rates: dict[str, Any]) -> list[dict[str, Any]]:
+    """Milliseconds of a decode step with every sequence at one length: graph, eager, least."""
     import torch
 
-    from worker.engine.cuda_graphs import GraphCache, cuda_capture
-    from worker.engine.cuda_model import kernels_for
-    from worker.engine.cuda_runner import CudaRunner
-    from worker.engine.scheduler import Plan, Span
+    from worker.engine.cuda_graphs import GraphCache
 
-    model = make_model(shape, context=context)
-    device = model.get_input_embeddings().weight.device
-    runner = CudaRunner(model, kernels=kernels_for(device), vocab_size=model.config.vocab_size,
-                        max_sequences=max(batches), max_rows=8192, context=context,
-                        capture=cuda_capture(device))  # fmt: skip
-    config = model.config
-    per_token = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    pages = -(-length // 64)
-    free = torch.cuda.mem_get_info()[0] - (12 << 30)
-    blocks = min(max(batches) * pages, free // (64 * per_token))
+    batches = [int(batch) for batch in given.batches.split(",")]
+    model = random_model(given.shape, "bfloat16", given.device, given.context)
+    runner = make_runner(model, sequences=max(batches), rows=given.budget, context=given.context)
+    shape, pages = SHAPES[given.shape], -(-given.length // runner.block_size)
+    per_token = shape.kv_bytes_per_token(2)
+    blocks = max(batches) * pages
+    if given.device == "cuda":
+        # What fused weights have left behind is the allocator's until it is told.
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0] - (12 << 30)
+        blocks = min(blocks, free // (runner.block_size * per_token))
     runner.make_cache(int(blocks))
-    made = []
-    layers, output = linear_weights(shape)
+    made: list[dict[str, Any]] = []
     for batch in batches:
         if batch * pages > blocks:
             say(f"batch {batch}: its KV cache does not fit")
             continue
-        spans = []
-        for row in range(batch):
-            sequence = runner._nobody(length)
-            sequence.block_ids = list(range(row * pages, (row + 1) * pages))
-            spans.append(Span(sequence, length - 1, 1))
-        plan = Plan(spans)
-        times = {}
-        for kind in ("graph", "eager"):
-            if kind == "eager":
-                runner._graphs = GraphCache(None)
-            for _ in range(5):
-                runner.execute(plan)
-            count = 20
-            started = time.monotonic()
-            last = runner.launch(plan)
-            for _ in range(count - 1):
-                following = runner.launch(plan)
-                last()
-                last = following
-            last()
-            times[kind] = (time.monotonic() - started) / count * 1e3
-        runner._graphs = GraphCache(cuda_capture(device))
-        flops = 2 * batch * (layers + output)
-        read = batch * length * per_token
-        weights = 2 * (layers + output)
-        least = 1e3 * (
-            max(flops / rates["matrix_flops"], weights / rates["copy_bytes_per_second"])
-            + read / rates["copy_bytes_per_second"]
+        plan = decoding(runner, batch, given.length)
+        count = 2 if given.dry else 20
+        times = {"graph": step_milliseconds(runner, plan, count)}
+        runner._graphs = GraphCache(None)
+        times["eager"] = step_milliseconds(runner, plan, count)
+        runner._graphs = GraphCache(capture_of(given.device))
+        weights = shape.layer_weights + shape.output_weights
+        reads = batch * given.length * per_token / rates["copy_bytes_per_second"]
+        least = 1e3 * reads + 1e3 * max(
+            2 * batch * weights / rates["matrix_flops"],
+            2 * weights / rates["copy_bytes_per_second"],
         )
-        say(f"{shape} batch {batch} at {length}: graph {times['graph']:.2f} ms, "
+        say(f"{given.shape} batch {batch} at {given.length}: graph {times['graph']:.2f} ms, "
             f"eager {times['eager']:.2f}, least {least:.2f} ({least / times['graph']:.0%}), "
             f"{batch / times['graph'] * 1e3:,.0f} tokens/s")  # fmt: skip
-        made.append({"batch": batch, **times, "least": least})
-    if made:
-        profile(runner, plan)
+        made.append({"batch": batch, **times, "least": least, "where": where(runner, plan)})
     return made
 
 
-def profile(runner: Any, plan: Any) -> None:
-    """Where an eager step's time goes, by kernel."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiled
+def decoding(runner: Any, batch: int, length: int) -> Any:
+    """A plan of so many sequences, each at its last position."""
+    from worker.engine.scheduler import Plan, Span
 
-    from worker.engine.cuda_graphs import GraphCache
+    pages, spans = -(-length // runner.block_size), []
+    for row in range(batch):
+        sequence = runner._nobody(length)
+        sequence.block_ids = list(range(row * pages, (row + 1) * pages))
+        spans.append(Span(sequence, length - 1, 1))
+    return Plan(spans)
 
-    runner._graphs = GraphCache(None)
-    with profiled(activities=[ProfilerActivity.CUDA]) as seen:
+
+def step_milliseconds(runner: Any, plan: Any, count: int) -> float:
+    """Of a step, with the CPU one step behind as in the engine."""
+    for _ in range(5):
         runner.execute(plan)
-    say(
-        seen.key_averages().table(sort_by="cuda_time_total", row_limit=14, max_name_column_width=60)
-    )
+    synchronize()
+    started = time.monotonic()
+    last = runner.launch(plan)
+    for _ in range(count - 1):
+        following = runner.launch(plan)
+        last()
+        last = following
+    last()
+    return (time.monotonic() - started) / count * 1e3
+
+
+def where(runner: Any, plan: Any) -> dict[str, Any]:
+    """Where the time of an eager step goes."""
+    with profiled() as seen:
+        runner.execute(plan)
+    say(f"  {breakdown(seen)}")
+    for name, seconds in seen["longest"][:8]:
+        say(f"    {seconds * 1e6:8.0f} us {name}")
+    return seen
 
 
 if __name__ == "__main__":

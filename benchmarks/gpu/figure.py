@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from common import (
-    floor,
+    SHAPES,
+    breakdown,
+    least_seconds,
     limits,
     make_engine,
-    make_model,
     options,
+    profiled,
     prompts,
+    random_model,
     result,
     run_requests,
     say,
@@ -19,9 +24,11 @@ from worker.engine import cuda_groups
 
 def main() -> None:
     given = options(
-        __doc__, shape="8B", requests=2048, samples=1, prompt=512, out=256, sequences=1024,
-        budget=8192, context=2048, rounds=2, temperature=0.0, top_p=1.0,
-        groups=1,
+        __doc__, {"requests": 3, "samples": 2, "prompt": 20, "out": 6, "sequences": 4, "budget": 64,
+                  "context": 256, "profile": 2},
+        shape="8B", requests=2048, samples=1, prompt=512, out=256, sequences=1024,
+        budget=8192, context=2048, rounds=2, profile=256, temperature=0.0,
+        top_p=1.0, dtype="bfloat16", groups=1,
     )  # fmt: skip
     name = f"figure-{given.shape}-{given.requests}x{given.samples}-{given.prompt}-{given.out}"
     if not given.groups:
@@ -29,7 +36,7 @@ def main() -> None:
         name += "-ungrouped"
     with result(name, given) as made:
         made |= limits()
-        model = make_model(given.shape, context=given.context)
+        model = random_model(given.shape, given.dtype, given.device, given.context)
         vocab = model.config.vocab_size
         engine = make_engine(
             model, sequences=given.sequences, budget=given.budget, context=given.context
@@ -72,13 +79,26 @@ def main() -> None:
                         strict=True,
                     )
                 ]
-            least = floor(given.shape, given.prompt, given.out, given.sequences, made)
-            made["floor"] = given.out / least
+            made["floor"] = tokens / least(given, requests, made)
             made["share_of_floor"] = max(made["rates"]) / made["floor"]
-            say(f"floor {made['floor']:,.0f} tokens/s (each sample with a prompt of its own), "
-                f"reached {made['share_of_floor']:.0%}")  # fmt: skip
+            say(f"floor {made['floor']:,.0f} tokens/s, reached {made['share_of_floor']:.0%}")
+            if given.profile:
+                with profiled() as seen:
+                    run_requests(engine, requests[: given.profile], temperature=given.temperature)
+                made["profile"] = seen
+                say(breakdown(seen))
         finally:
             engine.stop()
+
+
+def least(given: Any, requests: list[dict[str, Any]], rates: dict[str, Any]) -> float:
+    """Seconds of the floor; a prompt with many samples is computed once, and read once a step."""
+    alone = {**requests[0], "samples": 1}
+    shape = SHAPES[given.shape]
+    one = least_seconds("fixed", shape, [alone], rates)
+    spared = shape.layer_weights * 2 * (given.prompt - 1) / rates["matrix_flops"]
+    read = given.out * given.prompt * shape.kv_bytes_per_token(2) / rates["copy_bytes_per_second"]
+    return len(requests) * (given.samples * one - (given.samples - 1) * (spared + read))
 
 
 if __name__ == "__main__":

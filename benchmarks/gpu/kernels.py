@@ -7,11 +7,15 @@ import subprocess
 import sys
 from typing import Any
 
-from common import ROOT, limits, milliseconds, options, result, say
+from common import ROOT, kernels_of, limits, milliseconds, options, result, say
 
 
 def main() -> None:
-    given = options(__doc__, context=640, tests=1, sweep=1)
+    given = options(
+        __doc__, {"context": 70, "batches": "1,3", "vocab": 300, "rows": 8, "tests": 0, "sweep": 0},
+        context=640, batches="1,16,256,1024", vocab=128256, rows=1024, tests=1, sweep=1,
+    )  # fmt: skip
+    batches = [int(batch) for batch in given.batches.split(",")]
     with result("kernels", given) as made:
         if given.tests:
             made["tests"] = run_tests()
@@ -19,21 +23,23 @@ def main() -> None:
         say(f"copy {made['copy_bytes_per_second'] / 1e12:.2f} TB/s, "
             f"products {made['matrix_flops'] / 1e12:.0f} TFLOP/s")  # fmt: skip
         made["decode"] = [
-            decode(batch, given.context, made["copy_bytes_per_second"], *heads)
+            decode(given, batch, made["copy_bytes_per_second"], *heads)
             for heads in ((32, 8, 128), (32, 8, 64), (32, 32, 128))
-            for batch in (1, 16, 256, 1024)
+            for batch in batches
         ]
         made["groups"] = [
-            grouped(kind, *heads) for heads in ((32, 8, 64), (32, 8, 128)) for kind in GROUPS
+            grouped(given.device, groups, *heads)
+            for heads in ((32, 8, 64), (32, 8, 128))
+            for groups in (DRY_GROUPS if given.device == "cpu" else GROUPS)
         ]
-        made["sampling"] = [sampling(batch, kind) for batch in (1, 256, 1024) for kind in SAMPLING]
-        made["small"] = small_kernels(made["copy_bytes_per_second"])
+        made["sampling"] = [sampling(given, batch, kind) for batch in batches for kind in SAMPLING]
+        made["small"] = small_kernels(given, made["copy_bytes_per_second"])
         if given.sweep:
             made["sweep"] = [
-                sweep(given.context, made["copy_bytes_per_second"], *heads)
+                sweep(given, made["copy_bytes_per_second"], *heads)
                 for heads in ((32, 8, 128), (32, 8, 64))
             ]
-            made["sampling_sweep"] = sweep_sampling()
+            made["sampling_sweep"] = sweep_sampling(given)
 
 
 def run_tests() -> int:
@@ -49,21 +55,23 @@ def run_tests() -> int:
 
 
 def decode(
-    batch: int, context: int, copy: float, heads: int, kv_heads: int, dim: int
+    given: Any, batch: int, copy: float, heads: int, kv_heads: int, dim: int, split_blocks: int = 0
 ) -> dict[str, Any]:
+    """Decode attention; `split_blocks` is what its splits have now, if not what they are set to."""
     import torch
 
-    from worker.engine.triton_kernels import attention
+    from worker.engine.triton_kernels.reference import SPLIT_BLOCKS
 
+    kernels, device, context = kernels_of(given.device), given.device, given.context
     pages = -(-context // 64)
-    cache = torch.randn(batch * pages, 2, kv_heads, 64, dim, device="cuda", dtype=torch.bfloat16)
-    blocks = torch.randperm(batch * pages, device="cuda").int()
-    first = (torch.arange(batch, device="cuda") * pages).int()
-    positions = torch.full((batch,), context - 1, device="cuda").int()
-    query = torch.randn(batch, heads, dim, device="cuda", dtype=torch.bfloat16)
-    splits = -(-pages // attention.SPLIT_BLOCKS)
+    cache = torch.randn(batch * pages, 2, kv_heads, 64, dim, device=device, dtype=torch.bfloat16)
+    blocks = torch.randperm(batch * pages, device=device).int()
+    first = (torch.arange(batch, device=device) * pages).int()
+    positions = torch.full((batch,), context - 1, device=device).int()
+    query = torch.randn(batch, heads, dim, device=device, dtype=torch.bfloat16)
+    splits = -(-pages // (split_blocks or SPLIT_BLOCKS))
     took = milliseconds(
-        lambda: attention.decode_attention(query, cache, positions, first, blocks, splits=splits),
+        lambda: kernels.decode_attention(query, cache, positions, first, blocks, splits=splits),
         calls=5,
     )
     rate = batch * context * 2 * kv_heads * dim * 2 / took * 1e3
@@ -83,17 +91,21 @@ GROUPS = {
 """The first is a step of 128 prompts with 64 samples each."""
 
 
-def grouped(kind: str, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
+DRY_GROUPS = {"4 samples of 2 prompts": (8, 4, 256, 64)}
+
+
+def grouped(device: str, kind: str, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
     """Rows that begin with the same blocks: by the plain kernel, and in groups."""
     import torch
 
     from worker.engine.cuda_groups import LEAST_SAVED, PrefixIndex, padded_tiles
-    from worker.engine.triton_kernels import attention, reference
+    from worker.engine.triton_kernels import reference
 
-    batch, size, common, own = GROUPS[kind]
+    decode_attention = kernels_of(device).decode_attention
+    batch, size, common, own = {**GROUPS, **DRY_GROUPS}[kind]
     shared, more, groups = common // 64, -(-own // 64), batch // size
     pages = groups * shared + batch * more
-    cache = torch.randn(pages, 2, kv_heads, 64, dim, device="cuda", dtype=torch.bfloat16)
+    cache = torch.randn(pages, 2, kv_heads, 64, dim, device=device, dtype=torch.bfloat16)
     index = PrefixIndex(
         block=64, heads_per_kv_head=heads // kv_heads, block_bytes=cache.nbytes // pages
     )
@@ -106,32 +118,27 @@ def grouped(kind: str, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
     found = index.groups(sequences)
 
     def ints(values: Any) -> torch.Tensor:
-        return torch.tensor(values, device="cuda").int()
+        return torch.tensor(values, device=device).int()
 
     prefixes = None
     if found is not None:
         idle = padded_tiles(len(found.tiles)) - len(found.tiles)
         tiles = [*found.tiles.tolist(), *[[0, 0, 0, 0]] * idle]
         prefixes = reference.Prefixes(ints(tiles), ints(found.members), ints(found.shared))
-    query = torch.randn(batch, heads, dim, device="cuda", dtype=torch.bfloat16)
+    query = torch.randn(batch, heads, dim, device=device, dtype=torch.bfloat16)
     given = (
         query,
         cache,
-        torch.full((batch,), common + own - 1, device="cuda").int(),
-        (torch.arange(batch, device="cuda") * (shared + more)).int(),
+        torch.full((batch,), common + own - 1, device=device).int(),
+        (torch.arange(batch, device=device) * (shared + more)).int(),
         ints(tables).view(-1),
     )
     # As many as the runner gives a step.
     splits = 1 << (reference.splits_for(common + own, 64) - 1).bit_length()
-    outs = [
-        attention.decode_attention(*given, splits=splits, prefixes=each)
-        for each in (None, prefixes)
-    ]
+    outs = [decode_attention(*given, splits=splits, prefixes=each) for each in (None, prefixes)]
     error = float((outs[0].float() - outs[1].float()).abs().max())
     plain, together = (
-        milliseconds(
-            lambda each=each: attention.decode_attention(*given, splits=splits, prefixes=each)
-        )
+        milliseconds(lambda each=each: decode_attention(*given, splits=splits, prefixes=each))
         for each in (None, prefixes)
     )
     saved = (batch - groups) * shared * cache.nbytes // pages
@@ -153,7 +160,7 @@ def _sequence(chain: list[int], length: int) -> Any:
     return made
 
 
-def sweep(context: int, copy: float, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
+def sweep(given: Any, copy: float, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
     """Decode attention with other warps and stages, then other lengths of its splits: the best
     first. What it is set to now is among them."""
     from worker.engine.triton_kernels import attention
@@ -166,7 +173,7 @@ def sweep(context: int, copy: float, heads: int, kv_heads: int, dim: int) -> dic
         say(f"warps {knobs[0]}, stages {knobs[1]}, blocks of a split {knobs[2]}:")
         try:
             shares = [
-                float(decode(batch, context, copy, heads, kv_heads, dim)["of_copy"])
+                float(decode(given, batch, copy, heads, kv_heads, dim, knobs[2])["of_copy"])
                 for batch in (64, 256, 1024)
             ]
         except Exception as error:  # what Triton and its compiler raise
@@ -188,7 +195,7 @@ def sweep(context: int, copy: float, heads: int, kv_heads: int, dim: int) -> dic
     return {"heads": [heads, kv_heads, dim], "tried": [[*knobs, share] for knobs, share in order]}
 
 
-def sweep_sampling() -> list[dict[str, Any]]:
+def sweep_sampling(given: Any) -> list[dict[str, Any]]:
     """Sampling for 512 rows with other tiles."""
     from worker.engine.triton_kernels import sampling as kernels
 
@@ -199,7 +206,9 @@ def sweep_sampling() -> list[dict[str, Any]]:
         for name, tile in zip(names, tiles, strict=True):
             setattr(kernels, name, tile)
         say(f"tiles {dict(zip(names, tiles, strict=True))}, now {before}:")
-        made += [{"tiles": tiles, **sampling(512, kind)} for kind in ("greedy", "free", "top_p")]
+        made += [
+            {"tiles": tiles, **sampling(given, 512, kind)} for kind in ("greedy", "free", "top_p")
+        ]
     for name, tile in zip(names, before, strict=True):
         setattr(kernels, name, tile)
     return made
@@ -214,48 +223,45 @@ SAMPLING: dict[str, dict[str, float]] = {
 }
 
 
-def sampling(batch: int, kind: str) -> dict[str, Any]:
+def sampling(given: Any, batch: int, kind: str) -> dict[str, Any]:
     import torch
 
-    from worker.engine.triton_kernels import sampling as kernels
-
-    vocab = 128256
-    logits = torch.randn(batch, vocab, device="cuda", dtype=torch.bfloat16) * 3
+    kernels, device, vocab = kernels_of(given.device), given.device, given.vocab
+    logits = torch.randn(batch, vocab, device=device, dtype=torch.bfloat16) * 3
     row = {"temperature": 1.0, "top_k": vocab, "top_p": 1.0, "min_p": 0.0, **SAMPLING[kind]}
 
     def column(name: str, dtype: torch.dtype) -> torch.Tensor:
-        return torch.full((batch,), row[name], dtype=dtype, device="cuda")
+        return torch.full((batch,), row[name], dtype=dtype, device=device)
 
-    given = (
+    columns = (
         column("temperature", torch.float32),
         column("top_k", torch.int32),
         column("top_p", torch.float32),
         column("min_p", torch.float32).log(),
-        torch.arange(batch, device="cuda") * 2**40 + 17,
-        torch.zeros(batch, dtype=torch.int32, device="cuda"),
-        torch.zeros(batch, dtype=torch.int32, device="cuda"),
-        torch.zeros(batch, device="cuda"),
+        torch.arange(batch, device=device) * 2**40 + 17,
+        torch.zeros(batch, dtype=torch.int32, device=device),
+        torch.zeros(batch, dtype=torch.int32, device=device),
+        torch.zeros(batch, device=device),
     )
-    took = milliseconds(lambda: kernels.sample(logits, vocab, *given), calls=5)
+    took = milliseconds(lambda: kernels.sample(logits, vocab, *columns), calls=5)
     say(f"sampling {kind}, batch {batch}: {took:.3f} ms")
     return {"kind": kind, "batch": batch, "ms": took}
 
 
-def small_kernels(copy: float) -> list[dict[str, Any]]:
-    """At the 8B shape, 1,024 rows."""
+def small_kernels(given: Any, copy: float) -> list[dict[str, Any]]:
+    """At the 8B shape."""
     import torch
 
-    from worker.engine.triton_kernels import layers
+    layers, device, rows = kernels_of(given.device), given.device, given.rows
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+        return torch.randn(*shape, device=device, dtype=torch.bfloat16)
 
-    rows = 1024
     hidden, residual, weight = random(rows, 4096), random(rows, 4096), random(4096)
     gate_up, qkv = random(rows, 2 * 14336), random(rows, 48 * 128)
     cache = random(rows, 2, 8, 64, 128)
-    angles = torch.rand(2048, 64, device="cuda")
-    numbers = torch.arange(rows, device="cuda").int()
+    angles = torch.rand(2048, 64, device=device)
+    numbers = torch.arange(rows, device=device).int()
     # Each row in a block of its own.
     positions = numbers % 64
     works = {

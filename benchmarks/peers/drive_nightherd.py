@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from driving import Task, task, torch_facts
+from driving import Task, task, torch_facts, transformers_model
 
 
 def main(given: Task) -> None:
@@ -21,15 +21,19 @@ def main(given: Task) -> None:
         "max_batch": given.option("max_batch", None),
         "prefix_cache": given.option("prefix_cache", True),
     }
-    model = load_model(given.checkpoint, given.device, given.dtype)
+    if given.random is None:
+        model = load_model(given.checkpoint, given.device, given.dtype).model
+    else:
+        model = transformers_model(given)
+    table = model.get_input_embeddings().weight
     engine = build_engine(
-        model.model,
-        vocab_size=model.vocab_rows,
+        model,
+        vocab_size=len(table),
         context_length=given.context,
-        device=model.device,
-        available=available(model.device),
+        device=table.device,
+        available=available(table.device),
         library_folder=Path(given.cache) / "kernels",
-        options=EngineOptions(kv_memory=given.kv_bytes, threads=given.threads, **options),
+        options=EngineOptions(kv_memory=given.kv_bytes or None, threads=given.threads, **options),
     )
     make_grammar = _grammar(given)
     names = ("temperature", "top_p", "top_k")

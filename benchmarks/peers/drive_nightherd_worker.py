@@ -22,7 +22,7 @@ from typing import Any
 
 from driving import Task, task
 
-PROGRAM = Path(sys.executable).with_name("nightherd")
+PROGRAM = (sys.executable, "-P", "-c", "from nightherd.cli import main; main()")
 _POLL = 0.2
 """Seconds; each look is one statement on one row."""
 
@@ -38,6 +38,10 @@ class House:
             "NIGHTHERD_HOME": str(home),
             "NIGHTHERD_CACHE": str(given.cache),
         }
+        for name, variable in (("max_batch", "MAX_BATCH"), ("budget", "TOKEN_BUDGET")):
+            value = given.option(name, None)
+            if value is not None:
+                self._environment[f"NIGHTHERD_{variable}"] = str(value)
         self.seconds = 0.0
 
     @contextmanager
@@ -45,9 +49,9 @@ class House:
         given = self._given
         process = subprocess.Popen(
             [
-                *(PROGRAM, "worker", "--checkpoint", given.checkpoint, "--device", given.device),
-                *("--dtype", given.dtype, "--kv-memory", str(given.kv_bytes)),
-                *("--threads", str(given.threads)),
+                *(*PROGRAM, "worker", "--checkpoint", given.checkpoint, "--device", given.device),
+                *("--dtype", given.dtype, "--threads", str(given.threads)),
+                *(("--kv-memory", str(given.kv_bytes)) if given.kv_bytes else ()),
             ],
             env=self._environment,
             stdout=sys.stderr,
@@ -72,7 +76,7 @@ class House:
         file = self._home / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         job = subprocess.run(
-            [PROGRAM, "submit", file, "--checkpoint", self._given.checkpoint, "--seed", "1"],
+            [*PROGRAM, "submit", file, "--checkpoint", self._given.checkpoint, "--seed", "1"],
             env=self._environment,
             stdout=subprocess.PIPE,
             check=True,

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from driving import Task, task, torch_facts
+from driving import Task, task, torch_facts, transformers_model
 
 
 def main(given: Task) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, __version__
+    from transformers import __version__
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     torch.set_num_threads(given.threads)
-    size = given.option("batch", 32)
-    dtype = getattr(torch, given.dtype)
-    model = AutoModelForCausalLM.from_pretrained(given.checkpoint, dtype=dtype)
-    model = model.to(given.device).eval()
+    size = given.option("batch", 128 if given.device.startswith("cuda") else 32)
+    model = transformers_model(given)
     pad = model.config.pad_token_id
     sampling = {"do_sample": False}
     if not given.greedy:

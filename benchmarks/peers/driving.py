@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 Lengths = Sequence[int]
 """Tokens generated, request by request."""
 
@@ -23,6 +25,10 @@ class Task:
     def __init__(self, path: Path) -> None:
         fields = json.loads(path.read_text())
         self.checkpoint = Path(fields["checkpoint"])
+        self.random: str | None = fields.get("random")
+        """The shape whose weights are made here at random, not read."""
+        self.profile: int = fields.get("profile", 0)
+        """Requests that are answered once more, watched, after all is measured."""
         self.dtype: str = fields["dtype"]
         """`bfloat16` or `float32`."""
         self.device: str = fields["device"]
@@ -70,7 +76,7 @@ class Task:
         for place, (request, length) in enumerate(zip(self.requests, lengths, strict=True)):
             if length != request["out"]:
                 raise SystemExit(f"request {place}: {length} tokens instead of {request['out']}")
-        result = {
+        result: dict[str, Any] = {
             "tokens": sum(lengths),
             "seconds": took,
             "tokens_per_second": sum(lengths) / took,
@@ -80,7 +86,32 @@ class Task:
             "settings": settings,
             **more(),
         }
+        if self.profile:
+            from card import profiled
+
+            with profiled() as made:
+                generate(self.requests[: self.profile])
+            result["profile"] = made
         self.result.write_text(json.dumps(result))
+
+
+def transformers_model(given: Task, **more: Any) -> Any:
+    """The model as transformers has it, on its device; `more` is for `from_pretrained`."""
+    import torch
+
+    if given.random is not None:
+        from shapes import random_model
+
+        attention = more.pop("attn_implementation", None)
+        model = random_model(given.random, given.dtype, given.device, given.context)
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        return model
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, given.dtype)
+    model = AutoModelForCausalLM.from_pretrained(given.checkpoint, dtype=dtype, **more)
+    return model.to(given.device).eval()
 
 
 def task() -> Task:

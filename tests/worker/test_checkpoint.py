@@ -381,7 +381,9 @@ def test_on_the_way_to_a_card_weights_pass_through_memory(monkeypatch: pytest.Mo
     monkeypatch.setattr(memory, "machine_memory", lambda: (10**9, 10**10))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (5 * 10**9, 8 * 10**9))
     card, half = torch.device("cuda", 1), torch.bfloat16
+    monkeypatch.setattr(device, "loads_straight", lambda place: False)
     assert memory.problem("x", 10**9, {}, half, card) is None
+    assert "pip install accelerate" in str(memory.problem("x", 2 * 10**9, {}, half, card))
     assert "memory on their way to cuda:1" in str(memory.problem("x", 2 * 10**9, {}, half, card))
     said = memory.problem("x", 6 * 10**9, {}, half, card)
     assert "take 6.0 GB in bfloat16, 5.0 GB of memory are available on cuda:1" in str(said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -40,6 +41,13 @@ def resolve_device(device: str) -> torch.device:
     if index >= count:
         raise CheckpointError(f"device {device!r} does not exist: this machine has {count} of them")
     return torch.device("cuda", index)
+
+
+def loads_straight(device: torch.device) -> bool:
+    """Whether weights go from their files to a device, tensor by tensor; transformers needs
+    accelerate for that. Without it all of them are in the machine's memory on their way to a card.
+    """
+    return device.type == "cpu" or importlib.util.find_spec("accelerate") is not None
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

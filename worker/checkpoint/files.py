@@ -43,6 +43,8 @@ _BITS = {
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types that are converted to the worker's own; others stay as they are stored."""
+_PACKED = {"F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 2, "I32": 8}
+"""Weights in a number of a quantised checkpoint, of 4 bits where several fit."""
 
 _META_NAME = re.compile(r"meta-llama/Llama-2-(7|13|70)b(-chat)?", re.IGNORECASE)
 
@@ -109,10 +111,14 @@ class Weights:
     def stored_bytes(self) -> int:
         return sum(_bytes(count, kind) for kind, count in self.parameters.items())
 
-    def bytes_as(self, width: int) -> int:
-        """Bytes in memory when floating-point tensors take `width` bytes a number."""
+    def bytes_as(self, width: int, *, unpacked: bool = False) -> int:
+        """Bytes in memory when floating-point tensors take `width` bytes a number, quantised ones
+        too if they are `unpacked`."""
+        packed = _PACKED if unpacked else {}
         return sum(
-            count * width if kind in FLOATS else _bytes(count, kind)
+            count * packed.get(kind, 1) * width
+            if kind in FLOATS or kind in packed
+            else _bytes(count, kind)
             for kind, count in self.parameters.items()
         )
 

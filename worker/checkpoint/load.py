@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,14 @@ from nightherd.errors import CheckpointError
 from nightherd.text import TextProcessor
 from nightherd.tokenizer import read_json
 from worker.checkpoint import memory
-from worker.checkpoint.device import resolve_device, resolve_dtype
+from worker.checkpoint.device import loads_straight, resolve_device, resolve_dtype
 from worker.checkpoint.files import Folder, read_weights
 from worker.checkpoint.locate import find
+from worker.checkpoint.quantization import loading_options, method_of, unwrap
 from worker.checkpoint.report import check, check_architecture, check_packages
 from worker.checkpoint.tokenizer import convert_tokenizer
+
+log = logging.getLogger("nightherd.checkpoint")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,28 +91,18 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> Loade
     precision = resolve_dtype(dtype, place)
     config = read_json(folder, "config.json")
     check_architecture(config)
-    check_packages(config)
+    check_packages(config, place)
     weights = read_weights(Folder(folder))
-    need = memory.weights_bytes(weights, config, precision)
+    need = memory.weights_bytes(weights, config, precision, place)
     problem = memory.problem(str(folder), need, config, precision, place)
     if problem is not None:
         raise CheckpointError(problem)
     try:
         with _quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=precision,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                # Only so that the names can be told: `_incomplete` refuses such a model.
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-        model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+            model, info = _read(folder, config, place, precision)
         problem = _incomplete(info)
         if problem is None:
-            cast(torch.nn.Module, model).to(place).eval()
+            _settle(model, config, place)
             name = str(precision).removeprefix("torch.")
             return LoadedModel(model=model, folder=folder, device=place, dtype=name)
     except (MemoryError, torch.OutOfMemoryError):
@@ -116,6 +110,51 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> Loade
     except Exception as error:  # transformers raises whatever its parts raise
         problem = one_line(error)
     raise CheckpointError(f"checkpoint {folder} cannot be loaded: {problem}")
+
+
+def _read(
+    folder: Path, config: Mapping[str, Any], place: torch.device, precision: torch.dtype
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model on its device, and what transformers says about its weights."""
+    straight = loads_straight(place)
+    if not straight:
+        log.warning(
+            "the weights go to %s by way of the machine's memory: slower, and it must hold all of "
+            "them; pip install accelerate",
+            place,
+        )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=precision,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        # Only so that the names can be told: `_incomplete` refuses such a model.
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **({"device_map": {"": place}} if straight and place.type != "cpu" else {}),
+        **loading_options(config, place),
+    )
+    model, info = cast(tuple[Any, dict[str, Any]], loaded)
+    if not straight:
+        model.to(place)
+    return model, info
+
+
+@torch.no_grad()
+def _settle(model: Any, config: Mapping[str, Any], place: torch.device) -> None:
+    """Makes a model ready, and gives back what loading alone needed."""
+    model.eval()
+    method = method_of(config)
+    if method is not None:
+        # Some quantisers unpack weights in the first pass through the whole model, which no engine
+        # makes; and kernels that do not run here say so now.
+        model(torch.zeros(1, 2, dtype=torch.int64, device=place), use_cache=False)
+    if method == "compressed-tensors":
+        unwrap(model)
+    if place.type == "cuda":
+        # transformers takes the memory of all weights at once, and more for some quantised ones.
+        torch.cuda.empty_cache()
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
@@ -133,7 +172,10 @@ def _quiet_transformers() -> Iterator[None]:
     if bar:
         _disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # It has a word for everybody who says how a quantised checkpoint is to be loaded.
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bar:

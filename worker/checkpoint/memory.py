@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from producer.machine import memory as machine_memory
 from producer.machine import size as in_words
 from worker.checkpoint.files import Weights
-from worker.checkpoint.quantization import method_of
+from worker.checkpoint.quantization import is_unpacked, method_of
 
 if TYPE_CHECKING:
     import torch
@@ -80,11 +80,14 @@ def kv_bytes_per_token(config: Mapping[str, Any], width: int) -> int | None:
     return 2 * layers * own * size * width
 
 
-def weights_bytes(weights: Weights, config: Mapping[str, Any], precision: torch.dtype) -> int:
-    """What weights take once they are loaded; quantised ones stay as they are stored."""
-    if method_of(config) is not None:
+def weights_bytes(
+    weights: Weights, config: Mapping[str, Any], precision: torch.dtype, device: torch.device
+) -> int:
+    """What weights take once they are loaded; quantised ones mostly stay as they are stored."""
+    unpacked = is_unpacked(config, device)
+    if method_of(config) is not None and not unpacked:
         return weights.stored_bytes()
-    return weights.bytes_as(precision.itemsize)
+    return weights.bytes_as(precision.itemsize, unpacked=unpacked)
 
 
 def problem(
@@ -101,12 +104,15 @@ def problem(
             f"checkpoint {label} does not fit: its weights take {in_words(need)} {form}, "
             f"{in_words(free)} of memory are available on {device}; {remedy}"
         )
-    # transformers reads weights into the machine's memory before they go to a card.
+    from worker.checkpoint.device import loads_straight
+
+    if loads_straight(device):
+        return None
     free = machine_memory()[0]
     if need > free:
         return (
             f"checkpoint {label} cannot be loaded: its weights take {in_words(need)} {form} of the "
-            f"machine's own memory on their way to {device}, {in_words(free)} are available; "
-            f"{remedy}"
+            f"machine's own memory on their way to {device}, {in_words(free)} are available; pip "
+            f"install accelerate, which spares that, or {remedy}"
         )
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -114,18 +115,23 @@ def check(
         report.problems.append(str(error))
         return report
     # Only now: torch and transformers take seconds to import.
-    for look in (check_architecture, check_packages):
-        try:
-            look(config)
-        except CheckpointError as error:
-            report.problems.append(str(error))
     from worker.checkpoint.device import resolve_device, resolve_dtype
 
+    place, unknown = None, None
     try:
         place = resolve_device(device)
         precision = resolve_dtype(dtype, place)
     except CheckpointError as error:
-        report.problems.append(str(error))
+        unknown = str(error)
+    if report.quantization is not None:
+        report.missing_packages = missing_packages(report.quantization, place)
+    for look in (check_architecture, functools.partial(check_packages, device=place)):
+        try:
+            look(config)
+        except CheckpointError as error:
+            report.problems.append(str(error))
+    if unknown is not None or place is None:
+        report.problems.append(unknown or "no device")
         return report
     report.device, report.dtype = str(place), str(precision).removeprefix("torch.")
     _describe_memory(report, weights, config, place, precision, sequences)
@@ -156,8 +162,6 @@ def _config(report: Report, files: Folder | Repository) -> dict[str, Any]:
     report.architecture = str(names[0]) if isinstance(names, list) and names else None
     report.model_type = str(config.get("model_type"))
     report.quantization = method_of(config)
-    if report.quantization is not None:
-        report.missing_packages = missing_packages(report.quantization)
     report.context_length = context_length(config)
     return config
 
@@ -187,10 +191,10 @@ def check_architecture(config: Mapping[str, Any]) -> None:
     )
 
 
-def check_packages(config: Mapping[str, Any]) -> None:
+def check_packages(config: Mapping[str, Any], device: torch.device | None = None) -> None:
     """Raises `CheckpointError` for a quantisation whose package is not installed."""
     method = method_of(config)
-    missing = [] if method is None else missing_packages(method)
+    missing = [] if method is None else missing_packages(method, device)
     if missing:
         raise CheckpointError(
             f"the checkpoint is quantised by {method}, which needs: pip install {' '.join(missing)}"
@@ -258,7 +262,7 @@ def _describe_memory(
     sequences: int | None,
 ) -> None:
     need = report.memory = memory.Need(
-        weights=memory.weights_bytes(weights, config, precision),
+        weights=memory.weights_bytes(weights, config, precision, place),
         per_token=memory.kv_bytes_per_token(config, precision.itemsize),
         context=report.context_length or 0,
         sequences=sequences or 1,

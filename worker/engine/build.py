@@ -140,7 +140,7 @@ def _batch_engine(
                 raise CheckpointError(f"the kernels cannot be used: {error}") from None
             log.warning(
                 "the C kernels cannot be used (%s): plain torch computes, at a third of the speed; "
-                "nightherd doctor says what is missing",
+                "nightherd doctor says whether anything is missing",
                 error,
             )
     if runner is None:

@@ -78,6 +78,8 @@ class CpuRunner:
         self.shape = weights.shape_of(model)
         dtype = weights.embedding(model).dtype
         check_shape(self.shape, dtype)
+        # They are packed anew.
+        weights.check_dense(model)
         self._library = load_library(library_folder)
         self._dtype = dtype
         self.num_blocks = num_blocks

@@ -15,14 +15,13 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from worker.engine.linears import Linear, layer_linears, output_linear
 from worker.engine.triton_kernels.reference import Prefixes
 from worker.engine.weights import (
     Shape,
-    drop_layer,
     embedding,
     final_norm,
-    layer_weights,
-    output_layer,
+    layer_norms,
     rotary_table,
     shape_of,
 )
@@ -84,31 +83,19 @@ Attend = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class _Layer:
-    """A layer's weights, joined where they meet the same input."""
+    """A layer's norms and matrices."""
 
     def __init__(self, model: Any, index: int) -> None:
-        weights = layer_weights(model, index)
-        self.input_norm, self.post_norm = weights.input_norm, weights.post_norm
-        self.q_norm, self.k_norm = weights.q_norm, weights.k_norm
-        self.qkv, self.qkv_bias = _joined(
-            (weights.q, weights.q_bias), (weights.k, weights.k_bias), (weights.v, weights.v_bias)
-        )
-        self.o, self.o_bias = weights.o, weights.o_bias
-        self.gate_up, self.gate_up_bias = _joined(
-            (weights.gate, weights.gate_bias), (weights.up, weights.up_bias)
-        )
-        self.down, self.down_bias = weights.down, weights.down_bias
+        norms = layer_norms(model, index)
+        self.input_norm, self.post_norm = norms.input, norms.post
+        self.q_norm, self.k_norm = norms.q, norms.k
+        linears = layer_linears(model, index, plain_linear)
+        self.qkv, self.o = linears.qkv, linears.o
+        self.gate_up, self.down = linears.gate_up, linears.down
 
 
-def _joined(
-    *parts: tuple[torch.Tensor, torch.Tensor | None],
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    weight = torch.cat([weight for weight, _ in parts])
-    if all(bias is None for _, bias in parts):
-        return weight, None
-    return weight, torch.cat(
-        [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts]
-    )
+def plain_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    return lambda rows: functional.linear(rows, weight, bias)
 
 
 class CudaModel:
@@ -127,8 +114,7 @@ class CudaModel:
         self._layers: list[_Layer] = []
         for index in range(self.shape.layers):
             self._layers.append(_Layer(model, index))
-            drop_layer(model, index)
-        self._norm, self._output = final_norm(model), output_layer(model)
+        self._norm, self._output = final_norm(model), output_linear(model, plain_linear)
         self.caches: list[torch.Tensor] = []
 
     def make_cache(self, blocks: int) -> None:
@@ -146,7 +132,7 @@ class CudaModel:
         added: torch.Tensor | None = None
         for layer, cache in zip(self._layers, self.caches, strict=True):
             normed = self._norm_of(residual, layer.input_norm, added)
-            qkv = functional.linear(normed, layer.qkv, layer.qkv_bias)
+            qkv = layer.qkv(normed)
             kernels.rotate_and_write(
                 qkv,
                 self._cos,
@@ -160,14 +146,14 @@ class CudaModel:
                 k_norm=layer.k_norm,
                 eps=shape.norm_eps,
             )
-            added = functional.linear(attend(qkv, cache), layer.o, layer.o_bias)
+            added = layer.o(attend(qkv, cache))
             normed = self._norm_of(residual, layer.post_norm, added)
-            gate_up = functional.linear(normed, layer.gate_up, layer.gate_up_bias)
-            added = functional.linear(kernels.silu_mul(gate_up), layer.down, layer.down_bias)
+            gate_up = layer.gate_up(normed)
+            added = layer.down(kernels.silu_mul(gate_up))
         if added is None:
             raise AssertionError("a model without layers")
         normed = self._norm_of(residual[ends], self._norm, added[ends])
-        return functional.linear(normed, self._output)
+        return self._output(normed)
 
     def _norm_of(
         self, residual: torch.Tensor, weight: torch.Tensor, added: torch.Tensor | None

@@ -10,16 +10,15 @@ import torch
 from torch.nn import functional
 
 from worker.engine.attention import PagedAttention
+from worker.engine.linears import Linear, layer_linears, output_linear
 from worker.engine.runner import Choices
 from worker.engine.sampler import Sampler
 from worker.engine.scheduler import Plan, Span
 from worker.engine.sequence import Sequence
 from worker.engine.weights import (
-    drop_layer,
     embedding,
     final_norm,
-    layer_weights,
-    output_layer,
+    layer_norms,
     rotary_table,
     shape_of,
 )
@@ -53,14 +52,14 @@ class TorchRunner:
         self._layers: list[_Layer] = []
         for index in range(self._shape.layers):
             self._layers.append(_Layer(model, index, self._shape.norm_eps))
-            drop_layer(model, index)
         self._norm = final_norm(model)
-        output = output_layer(model)
-        tied = output.data_ptr() == self._embedding.data_ptr()
-        # Packed, a tied one would be there twice.
-        self._output = _Linear(output, None, pack=not tied)
+        self._output = output_linear(model, self._make_output)
         self._attention = PagedAttention(self._shape, num_blocks, block_size, dtype, self._device)
         self._sampler = Sampler(vocab_size, self._device)
+
+    def _make_output(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        # Packed, one that is the embedding itself would be there twice.
+        return _Linear(weight, bias, pack=weight.data_ptr() != self._embedding.data_ptr())
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> Choices:
@@ -144,27 +143,12 @@ class _Layer:
     """A layer's weights as they are computed with."""
 
     def __init__(self, model: Any, index: int, norm_eps: float) -> None:
-        weights = layer_weights(model, index)
+        norms, linears = layer_norms(model, index), layer_linears(model, index, _Linear)
         self._norm_eps = norm_eps
-        self.input_norm = weights.input_norm
-        self._post_norm = weights.post_norm
-        self.q_norm, self.k_norm = weights.q_norm, weights.k_norm
-        self.qkv = _Linear(
-            torch.cat([weights.q, weights.k, weights.v]),
-            _cat_biases(
-                [
-                    (weights.q, weights.q_bias),
-                    (weights.k, weights.k_bias),
-                    (weights.v, weights.v_bias),
-                ]
-            ),
-        )
-        self.o = _Linear(weights.o, weights.o_bias)
-        self._gate_up = _Linear(
-            torch.cat([weights.gate, weights.up]),
-            _cat_biases([(weights.gate, weights.gate_bias), (weights.up, weights.up_bias)]),
-        )
-        self._down = _Linear(weights.down, weights.down_bias)
+        self.input_norm, self._post_norm = norms.input, norms.post
+        self.q_norm, self.k_norm = norms.q, norms.k
+        self.qkv, self.o = linears.qkv, linears.o
+        self._gate_up, self._down = linears.gate_up, linears.down
 
     def feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The second half of a layer, with its residual."""
@@ -211,17 +195,6 @@ def _packing_works(dtype: torch.dtype) -> bool:
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
     return bool(torch.equal(out, rows @ weight.T))
-
-
-def _cat_biases(
-    parts: list[tuple[torch.Tensor, torch.Tensor | None]],
-) -> torch.Tensor | None:
-    """The bias of concatenated matrices: zeros where one has none beside others that have."""
-    if all(bias is None for _, bias in parts):
-        return None
-    return torch.cat(
-        [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts]
-    )
 
 
 def _rms_norm(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -75,6 +75,17 @@ class LayerWeights:
     down_bias: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class LayerNorms:
+    """One layer's weights of RMSNorms."""
+
+    input: torch.Tensor
+    post: torch.Tensor
+    q: torch.Tensor | None
+    """[head_dim], of each query head before the rotation (Qwen3)."""
+    k: torch.Tensor | None
+
+
 def shape_of(model: Any) -> Shape:
     """The shape of a transformers model; raises `UnsupportedModelError` where it is not covered."""
     config = model.config
@@ -90,9 +101,9 @@ def shape_of(model: Any) -> Shape:
         raise UnsupportedModelError(
             f"its attention slides over {window} positions of a context of {context}"
         )
-    for name, module in model.named_modules():
-        if name.endswith("_proj") and type(module) is not torch.nn.Linear:
-            raise UnsupportedModelError(f"{name} is a {type(module).__name__}: it is quantised")
+    table = model.get_input_embeddings()
+    if not (isinstance(table, torch.nn.Embedding) and _is_plain(table)):
+        raise UnsupportedModelError(f"its embedding is quantised, a {type(table).__name__}")
     heads = int(config.num_attention_heads)
     return Shape(
         layers=int(config.num_hidden_layers),
@@ -107,30 +118,77 @@ def shape_of(model: Any) -> Shape:
     )
 
 
+def check_dense(model: Any) -> None:
+    """Raises `UnsupportedModelError` for a model with quantised matrices."""
+    for name, module in model.named_modules():
+        if (name.endswith("_proj") or name == "lm_head") and not is_dense(module):
+            raise UnsupportedModelError(f"{name}, a {type(module).__name__}, is quantised")
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_dense(module: Any) -> bool:
+    """Whether a module is `rows @ weight.T + bias` with a plain matrix, and nothing else.
+
+    Quantisers put in modules of their own, which may well be subclasses of `Linear`, or leave
+    the module and put in a tensor of their own class, another `forward`, scales or hooks.
+    """
+    return type(module) is torch.nn.Linear and _is_plain(module)
+
+
+def _is_plain(module: torch.nn.Module) -> bool:
+    """Whether a module has but a matrix of floats and perhaps a bias, and computes as its class."""
+    kept = vars(module)
+    weight, forward = module.weight, kept.get("forward")
+    return (
+        (forward is None or getattr(forward, "__func__", None) is type(module).forward)
+        and not any(kept.get(name) for name in _HOOKS)
+        and not kept["_buffers"]
+        and kept["_parameters"].keys() <= {"weight", "bias"}
+        # A tensor of another class stays one as a parameter.
+        and type(weight) is torch.nn.Parameter
+        and weight.dtype in _FLOATS
+        and weight.layout is torch.strided
+    )
+
+
 def layer_weights(model: Any, index: int) -> LayerWeights:
-    """The tensors of one layer, not copied."""
+    """The tensors of one layer, not copied; for a model that `check_dense` lets pass."""
     layer = model.model.layers[index]
-    attention, mlp = layer.self_attn, layer.mlp
-    q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    attention, mlp, norms = layer.self_attn, layer.mlp, layer_norms(model, index)
     return LayerWeights(
-        input_norm=layer.input_layernorm.weight.data,
+        input_norm=norms.input,
         q=attention.q_proj.weight.data,
         k=attention.k_proj.weight.data,
         v=attention.v_proj.weight.data,
         q_bias=_data(attention.q_proj.bias),
         k_bias=_data(attention.k_proj.bias),
         v_bias=_data(attention.v_proj.bias),
-        q_norm=None if q_norm is None else q_norm.weight.data,
-        k_norm=None if k_norm is None else k_norm.weight.data,
+        q_norm=norms.q,
+        k_norm=norms.k,
         o=attention.o_proj.weight.data,
         o_bias=_data(attention.o_proj.bias),
-        post_norm=layer.post_attention_layernorm.weight.data,
+        post_norm=norms.post,
         gate=mlp.gate_proj.weight.data,
         up=mlp.up_proj.weight.data,
         gate_bias=_data(mlp.gate_proj.bias),
         up_bias=_data(mlp.up_proj.bias),
         down=mlp.down_proj.weight.data,
         down_bias=_data(mlp.down_proj.bias),
+    )
+
+
+def layer_norms(model: Any, index: int) -> LayerNorms:
+    """The norms of one layer, not copied."""
+    layer = model.model.layers[index]
+    q_norm, k_norm = (getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm"))
+    return LayerNorms(
+        input=layer.input_layernorm.weight.data,
+        post=layer.post_attention_layernorm.weight.data,
+        q=None if q_norm is None else q_norm.weight.data,
+        k=None if k_norm is None else k_norm.weight.data,
     )
 
 
