@@ -8,7 +8,8 @@ DEMO_RESULTS := build/demo-results.jsonl
 comma := ,
 # Tests that neither measure time nor need both cores run side by side.
 SIDE_BY_SIDE := tests/commands tests/faults tests/migrations tests/models tests/nightherd tests/producer \
-	tests/acceptance/test_main_job.py tests/test_compose.py tests/test_docs.py
+	tests/acceptance/test_main_job.py tests/test_compose.py tests/test_docs.py tests/test_gpu_scripts.py \
+	tests/worker/engine/cuda
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test faults soak lint format docs peers clean

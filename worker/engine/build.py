@@ -114,6 +114,8 @@ def _batch_engine(
     threads = options.threads or len(os.sched_getaffinity(0))
     runner: ModelRunner | None = None
     if device.type == "cuda" and options.kind in ("auto", "kernels"):
+        # Else Triton keeps what it compiles in the user's home.
+        os.environ.setdefault("TRITON_CACHE_DIR", str(library_folder / "triton"))
         runner = _cuda_runner(
             model, vocab_size, context, device, available, sequences, budget, options
         )

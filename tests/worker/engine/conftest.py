@@ -15,6 +15,7 @@ from tests.engines import VOCAB, Faulty
 from worker.engine.block_manager import BlockManager
 from worker.engine.cpu_runner import CpuRunner
 from worker.engine.engine import BatchEngine
+from worker.engine.openmp import end_team
 from worker.engine.reference import GenerateEngine
 from worker.engine.runner import ModelRunner
 from worker.engine.scheduler import Scheduler
@@ -50,6 +51,8 @@ def generate_engines(model: Any) -> Iterator[Callable[..., GenerateEngine]]:
             }
         )
         made.append(engine)
+        # As `build_engine`: what has just computed here keeps no threads from the engine.
+        end_team()
         if start:
             engine.start()
         return engine
@@ -104,6 +107,8 @@ def batch_engines(model: Any, kernels: Path) -> Iterator[Callable[..., BatchEngi
         scheduler = Scheduler(manager, max_sequences=max_batch, budget=max(budget, max_batch))
         engine = BatchEngine(loaded, scheduler, 256)
         made.append(engine)
+        # As `build_engine`: what has just computed here keeps no threads from the engine.
+        end_team()
         if start:
             engine.start()
         return engine
