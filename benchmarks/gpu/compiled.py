@@ -2,12 +2,12 @@
 
 Every launcher is called as the engine calls it, with tensors on the CPU; a driver that says it is
 such a card makes Triton compile, for those very arguments, and nothing is launched. Ends with the
-number of kernels that do not compile. `--few 1` is the commonest configuration only, `--keep`
-a folder for TTGIR and PTX, `--capability 80,90,100` the cards.
+number of kernels that do not compile.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import re
 import subprocess
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from common import ROOT, options, say  # noqa: F401  (finds the engine)
+from common import say  # and the engine is found
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -233,11 +233,15 @@ def _mask(dtype: torch.dtype) -> None:
 
 
 def main() -> int:
-    given = options(__doc__, capability="90", few=0, keep="")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--capability", default="90", help="of the cards: 80,90,100")
+    parser.add_argument("--few", action="store_true", help="the commonest configuration only")
+    parser.add_argument("--keep", metavar="FOLDER", help="for TTGIR and PTX")
+    given = parser.parse_args()
     wrong = 0
     for capability in map(int, given.capability.split(",")):
         seen = compile_only(GPUTarget("cuda", capability, 32))
-        for name, work in works(bool(given.few)):
+        for name, work in works(given.few):
             seen.clear()
             try:
                 work()

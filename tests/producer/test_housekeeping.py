@@ -174,9 +174,9 @@ def test_who_lapsed_only_while_the_reaper_waited_is_not_reaped(
     live = make_worker(fleet.database)
     real = leases.reap
 
-    def late(connection: Any, suspects: Any) -> list[str]:
+    def late(connection: Any, suspects: Any, **given: Any) -> list[str]:
         connection.execute(update(Worker).where(Worker.id == live).values(lease_until=db_now(-1)))
-        return real(connection, suspects)
+        return real(connection, suspects, **given)
 
     monkeypatch.setattr(leases, "reap", late)
     assert fleet.tick(mine).dead_workers == [dead]
