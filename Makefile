@@ -9,7 +9,11 @@ comma := ,
 # Tests that neither measure time nor need both cores run side by side.
 SIDE_BY_SIDE := tests/commands tests/faults tests/migrations tests/models tests/nightherd tests/producer \
 	tests/acceptance/test_main_job.py tests/test_compose.py tests/test_docs.py tests/test_gpu_scripts.py \
-	tests/worker/engine/cuda
+	tests/worker/engine/cuda tests/worker/engine/test_ahead.py tests/worker/engine/test_linears.py \
+	tests/worker/engine/test_noise.py tests/worker/engine/test_sampler.py \
+	tests/worker/engine/test_scheduler.py tests/worker/test_checkpoint.py tests/worker/test_convert.py \
+	tests/worker/test_detokenizer.py tests/worker/test_grammar.py tests/worker/test_layouts.py \
+	tests/worker/test_loading.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test faults soak lint format docs peers clean
