@@ -95,13 +95,18 @@ def test_kill9_after_commit_before_ack(fleet: Fleet) -> None:
     fleet.is_clean(seconds=1)
     assert fleet.redis.do("HLEN", "nightherd:unacked") == 1, "done, and not acknowledged"
     other = fleet.start(variables={"NIGHTHERD_VISIBILITY_TIMEOUT": "1"}, restore_seconds=0.2)
+
+    def wakes() -> set[str]:
+        return {line.value for line in fleet.lines("wake") if line.pid == other.pid}
+
+    # Between the unacknowledged and its second delivery a wake-up is in the queue.
+    wait_until(lambda: bool(wakes()), seconds=30, what="the wake-up's second delivery")
     wait_until(
         lambda: fleet.redis.do("HLEN", "nightherd:unacked") == 0,
         seconds=30,
-        what="the wake-up's second delivery",
+        what="its acknowledgement",
     )
-    wakes = [line.value for line in fleet.lines("wake") if line.pid == other.pid]
-    assert set(wakes) == {"nothing"}
+    assert wakes() == {"nothing"}
     assert fleet.is_clean().recomputed == 0
 
 
