@@ -147,7 +147,7 @@ class TypedRunner : public Runner {
     template <class Emit>
     void linear(const Matrix<E>& matrix, const T* x, int stride, int rows, const Emit& emit) {
         if (rows == 0) return;
-        const int chunk = chunk_of(rows, matrix.panels, m.threads);
+        const int chunk = chunk_of<E>(rows, matrix.panels, m.threads);
         const int chunks = (rows + chunk - 1) / chunk;
         pool.each(matrix.panels * chunks, [&](int task) {
             const int first = task % chunks * chunk, panel = task / chunks;
