@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
-import subprocess
 from pathlib import Path
 
 from nightherd import __version__
@@ -172,26 +170,6 @@ def _number(*paths: Path) -> int | None:
 
 
 # Software.
-
-
-def check_compiler() -> list[Finding]:
-    """The C++ compiler, by which a worker builds its CPU kernels."""
-    wanted = os.environ.get("CXX")
-    path = next((found for name in (wanted, "c++", "g++", "clang++") if name
-                 and (found := shutil.which(name))), None)  # fmt: skip
-    if path is None:
-        remedy = "install one (Debian: apt-get install g++)"
-        said = "no C++ compiler: a worker on the CPU cannot build its faster kernels"
-        return [Finding("compiler", "note", said, remedy)]
-    try:
-        done = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, timeout=4, check=True
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        said = f"{path} does not run: {' '.join(str(error).split())}"
-        return [Finding("compiler", "note", said, "install another, or set CXX")]
-    said = (done.stdout.splitlines() or ["?"])[0]
-    return [Finding("compiler", "ok", f"{path}: {said}", facts={"path": path, "version": said})]
 
 
 def check_versions() -> list[Finding]:

@@ -1,6 +1,7 @@
 """Real parts for all tests: PostgreSQL and a Redis-protocol server from their wheels.
 
-Product variables are stripped from the environment, so that no test meets a developer's database.
+Product variables are stripped from the environment, so that no test meets a developer's database;
+but for the cap on the CPU's level, with which all tests can be run as on a lesser machine.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from nightherd import broker
 from nightherd.settings import Settings
 
 for name in [name for name in os.environ if name.startswith("NIGHTHERD_")]:
-    del os.environ[name]
+    if name != "NIGHTHERD_CPU_LEVEL":
+        del os.environ[name]
 
 # The tests' processes are small; two cores shared by several of them must not fight over threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

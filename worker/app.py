@@ -34,6 +34,7 @@ from producer.webhooks import Courier
 from worker.consumer import Consumer
 from worker.engine.interface import Engine
 from worker.inflight import ChunkRun, InFlight
+from worker.kernels import kernel_folder, kernels_of
 from worker.lease import Identity, Lease
 from worker.prepare import Preparer
 from worker.results import Writer
@@ -94,12 +95,14 @@ def load_checkpoint(options: WorkerOptions, settings: Settings) -> Loaded:
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"chat template {options.chat_template}: {error}") from None
     started = time.monotonic()
+    kernels = kernels_of(settings)
     opened = checkpoint.open_checkpoint(
         options.checkpoint_key,
         device=options.device,
         dtype=options.dtype,
         chat_template=template,
         home=settings.home,
+        kernels=kernels,
     )
     text, model = opened.text, opened.model
     log.info("loaded %s in %.1f s: %s", model.folder, time.monotonic() - started, model.dtype)
@@ -120,18 +123,14 @@ def load_checkpoint(options: WorkerOptions, settings: Settings) -> Loaded:
             kv_memory=options.kv_memory or settings.kv_memory,
             context=options.context,
             threads=options.threads or settings.threads,
+            cpu_level=settings.cpu_level,
+            widen=options.dtype == "auto"
+            and not checkpoint.computes_in_bfloat16(model.device, kernels),
         ),
     )
-    facts = checkpoint.provenance(options.checkpoint_key, text, model, engine.name)
+    level = kernels.level if kernels and engine.name == "kernels" else None
+    facts = checkpoint.provenance(options.checkpoint_key, text, model, engine.name, level)
     return Loaded(text, engine, {"id": provenance_id(facts), **facts})
-
-
-def kernel_folder(settings: Settings) -> Path:
-    """The cache folder, or the data folder where that cannot be written."""
-    folder = settings.cache / "kernels"
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder if os.access(folder, os.W_OK) else settings.home / "kernels"
 
 
 def provenance_id(facts: dict[str, Any]) -> str:

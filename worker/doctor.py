@@ -14,14 +14,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nightherd.errors import SettingsError
+from nightherd.settings import Settings, load_settings
 from producer.findings import Finding, Level
 from producer.machine import WORKER_PACKAGES, cores, size
+from worker.engine.cpu_compile import REMEDY, Kernels, find_compiler
+from worker.kernels import kernels_of
 
 PROBE_SECONDS = 90.0
 """How long torch and transformers may take to be imported: a minute from a cold disk."""
 
 _PROBE = "import sys; from worker.doctor import probe; probe(sys.argv[1], sys.argv[2])"
 _WIDE = ("float32",)
+_WORDS = 8
+"""Lines of a compiler that are shown."""
 
 
 class TorchProbe:
@@ -78,10 +84,20 @@ class TorchProbe:
 def probe(key: str, home: str) -> None:
     """Prints what it finds, a line of JSON for each part, so that a crash loses the rest only."""
     print(json.dumps({"torch": _torch_facts()}), flush=True)
-    print(json.dumps({"use": _worker_facts()}), flush=True)
+    kernels = _kernels()
+    print(json.dumps({"use": _worker_facts(kernels)}), flush=True)
     from worker.checkpoint import check
 
-    print(json.dumps({"checkpoint": check(key, home=Path(home)).as_json()}), flush=True)
+    found = check(key, home=Path(home), kernels=kernels)
+    print(json.dumps({"checkpoint": found.as_json()}), flush=True)
+
+
+def _kernels() -> Kernels | None:
+    """Those that a worker here would use on a CPU."""
+    try:
+        return kernels_of(load_settings())
+    except SettingsError:  # the check of the settings says so
+        return kernels_of(Settings())
 
 
 def _torch_facts() -> dict[str, Any]:
@@ -114,13 +130,18 @@ def _cuda_facts(number: int) -> dict[str, Any]:
     }
 
 
-def _worker_facts() -> dict[str, Any]:
-    """What a worker that is told nothing would use."""
+def _worker_facts(kernels: Kernels | None) -> dict[str, Any]:
+    """What a worker that is told nothing would use, for a checkpoint that is stored as bfloat16."""
     from worker import checkpoint
 
     device = checkpoint.resolve_device("auto")
-    dtype = str(checkpoint.resolve_dtype("auto", device)).removeprefix("torch.")
-    return {"device": str(device), "name": checkpoint.device_name(device), "dtype": dtype}
+    dtype = checkpoint.resolve_dtype("auto", device, bfloat16=True, kernels=kernels)
+    return {
+        "device": str(device),
+        "name": checkpoint.device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "cpu_level": kernels.level if kernels and device.type == "cpu" else None,
+    }
 
 
 # Findings.
@@ -138,10 +159,12 @@ def check_device(facts: Mapping[str, Any]) -> list[Finding]:
     said = f"{use['name'] if on_cpu and use else 'cpu'}: {usable:g} of {everywhere} cores"
     cpu = {"cores": usable, "cores_of_machine": everywhere}
     if on_cpu and use is not None and use["dtype"] in _WIDE:
-        said += ", no bfloat16: computes in float32, which takes twice the memory"
+        said += ", no bfloat16 without the C kernels: float32, which takes twice the memory"
     found.append(Finding("device", "ok", said, facts=cpu))
     if use is not None:
         said = f"a worker would use {use['device']} in {use['dtype']}"
+        if use.get("cpu_level"):
+            said += f", kernels for {use['cpu_level']}"
         found.append(Finding("device", "ok", said, facts=use))
     elif "error" in facts:
         said = f"torch or transformers cannot be used here: {facts['error']}"
@@ -151,6 +174,40 @@ def check_device(facts: Mapping[str, Any]) -> list[Finding]:
         said = "no worker can run here: torch and what it needs are not installed"
         found.append(Finding("device", "problem", said, "pip install 'nightherd[worker]'"))
     return found
+
+
+def check_compiler(settings: Settings | None) -> list[Finding]:
+    """Whether a worker here has the C kernels, or can compile them."""
+    kernels = kernels_of(settings or Settings())
+    if kernels is None:
+        said = "not needed: NIGHTHERD_ENGINE asks for another engine than the C kernels"
+        return [Finding("compiler", "ok", said)]
+    compiler = find_compiler()
+    if compiler is None:
+        said = "no C++ compiler: a worker on the CPU cannot build its faster kernels"
+        return [Finding("compiler", "note", said, REMEDY)]
+    try:
+        done = subprocess.run(
+            [*compiler.command, *(["version"] if compiler.zig else ["--version"])],
+            capture_output=True,
+            text=True,
+            timeout=4,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        said = f"{compiler.name} does not run: {' '.join(str(error).split())}"
+        return [Finding("compiler", "note", said, "install another, or set CXX")]
+    version = (done.stdout.splitlines() or ["?"])[0]
+    facts = {"path": compiler.name, "version": version, "cpu_level": kernels.level}
+    failure = kernels.failure()
+    if failure is not None:
+        # The last lines: a compiler's words for one mistake may fill pages.
+        words = [line.rstrip() for line in failure.output.strip().splitlines()[-_WORDS:]]
+        said = "\n".join([f"the C kernels could not be compiled: {failure.reason}", *words])
+        remedy = f"install another compiler or set CXX; to try again: rm {failure.path}"
+        return [Finding("compiler", "note", said, remedy, {**facts, "output": failure.output})]
+    said = f"{compiler.name}: {version}, for kernels of level {kernels.level}"
+    return [Finding("compiler", "ok", said, facts=facts)]
 
 
 def _cuda_findings(torch: Mapping[str, Any]) -> list[Finding]:

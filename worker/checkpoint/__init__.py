@@ -10,7 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from worker.checkpoint.device import device_name, resolve_device, resolve_dtype
+    from worker.checkpoint.device import (
+        computes_in_bfloat16,
+        device_name,
+        resolve_device,
+        resolve_dtype,
+    )
     from worker.checkpoint.identity import provenance, weights_hash
     from worker.checkpoint.load import (
         LoadedModel,
@@ -27,6 +32,7 @@ _HOMES = {
     "Opened": "load",
     "Report": "report",
     "check": "report",
+    "computes_in_bfloat16": "device",
     "device_name": "device",
     "find": "locate",
     "load_model": "load",
@@ -43,6 +49,7 @@ __all__ = [
     "Opened",
     "Report",
     "check",
+    "computes_in_bfloat16",
     "device_name",
     "find",
     "load_model",

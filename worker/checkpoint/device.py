@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from nightherd.errors import CheckpointError
+from worker.engine.cpu_compile import Kernels
+from worker.engine.cpu_level import cpu_level, x86
 
 _DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -50,21 +52,39 @@ def loads_straight(device: torch.device) -> bool:
     return device.type == "cpu" or importlib.util.find_spec("accelerate") is not None
 
 
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(
+    dtype: str,
+    device: torch.device,
+    *,
+    bfloat16: bool = False,
+    kernels: Kernels | None = None,
+) -> torch.dtype:
     """`auto` is bfloat16 where the device computes in it, else float32.
 
+    A CPU's C kernels also widen bfloat16 as fast as they compute in float32: so a checkpoint that is
+    stored in it (`bfloat16`) stays so where they are to be had; plain torch is many times slower.
     Raises `CheckpointError` for an unknown name.
     """
     if dtype == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            able = _cpu_capabilities()
-            fast = bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("sve_bf16"))
+        fast = computes_in_bfloat16(device, kernels)
+        fast = fast or (bfloat16 and device.type == "cpu" and _to_be_had(kernels))
         return torch.bfloat16 if fast else torch.float32
     if dtype not in _DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is unknown: give auto, bfloat16, float16, float32")
     return _DTYPES[dtype]
+
+
+def computes_in_bfloat16(device: torch.device, kernels: Kernels | None = None) -> bool:
+    """Whether a device, or torch on a CPU as far as its level goes, has instructions for bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if x86():
+        return (kernels.level if kernels else cpu_level()) == "avx512bf16"
+    return bool(_cpu_capabilities().get("sve_bf16"))
+
+
+def _to_be_had(kernels: Kernels | None) -> bool:
+    return kernels is not None and kernels.failure() is None
 
 
 def _cpu_capabilities() -> Mapping[str, Any]:

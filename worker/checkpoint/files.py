@@ -108,6 +108,11 @@ class Weights:
     def count(self) -> int:
         return sum(self.parameters.values())
 
+    @property
+    def bfloat16(self) -> bool:
+        """Whether most of them are."""
+        return 2 * self.parameters.get("BF16", 0) > self.count
+
     def stored_bytes(self) -> int:
         return sum(_bytes(count, kind) for kind, count in self.parameters.items())
 

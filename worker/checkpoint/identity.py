@@ -58,7 +58,11 @@ def _sample_offsets(size: int) -> Sequence[int]:
 
 
 def provenance(
-    key: str, text: TextProcessor, loaded: LoadedModel, engine_name: str
+    key: str,
+    text: TextProcessor,
+    loaded: LoadedModel,
+    engine_name: str,
+    cpu_level: str | None = None,
 ) -> dict[str, Any]:
     """What produces results here, as the table `provenance` holds it (without the id).
 
@@ -83,5 +87,7 @@ def provenance(
             "transformers": transformers.__version__,
             "tokenizers": version("tokenizers"),
             "python": platform.python_version(),
+            # Another level rounds differently.
+            **({} if cpu_level is None else {"cpu_level": cpu_level}),
         },
     }

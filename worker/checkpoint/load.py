@@ -25,6 +25,7 @@ from worker.checkpoint.locate import find
 from worker.checkpoint.quantization import loading_options, method_of, unwrap
 from worker.checkpoint.report import check, check_architecture, check_packages
 from worker.checkpoint.tokenizer import convert_tokenizer
+from worker.engine.cpu_compile import Kernels
 
 log = logging.getLogger("nightherd.checkpoint")
 
@@ -36,8 +37,12 @@ class LoadedModel:
     model: PreTrainedModel
     folder: Path
     device: torch.device
-    dtype: str
-    """`bfloat16`, `float16` or `float32`."""
+
+    @property
+    def dtype(self) -> str:
+        """`bfloat16`, `float16` or `float32`."""
+        weight = self.model.get_input_embeddings().weight
+        return str(cast(torch.Tensor, weight).dtype).removeprefix("torch.")
 
     @property
     def vocab_rows(self) -> int:
@@ -61,18 +66,24 @@ def open_checkpoint(
     dtype: str = "auto",
     chat_template: str | None = None,
     home: Path,
+    kernels: Kernels | None = None,
 ) -> Opened:
     """All of what a worker does to have its checkpoint: check, fetch, load.
 
     What can be known to be wrong is said before anything large is fetched or loaded. `home` is
-    the data folder. Raises `CheckpointError`.
+    the data folder, `kernels` those that will be used on a CPU. Raises `CheckpointError`.
     """
-    report = check(key, device=device, dtype=dtype, home=home, chat_template=chat_template)
+    report = check(
+        key, device=device, dtype=dtype, home=home, chat_template=chat_template, kernels=kernels
+    )
     if report.problems:
         raise CheckpointError(report.problems[0])
+    if kernels is not None and report.device == "cpu":
+        # Whether there are any decides about the number type.
+        kernels.prepare()
     folder = report.path or find(key)
     text = report.text or load_text(folder, home, chat_template)
-    return Opened(text, load_model(folder, device, dtype))
+    return Opened(text, load_model(folder, device, dtype, kernels))
 
 
 def load_text(folder: Path, home: Path, chat_template: str | None = None) -> TextProcessor:
@@ -81,18 +92,21 @@ def load_text(folder: Path, home: Path, chat_template: str | None = None) -> Tex
     return TextProcessor.load(folder, chat_template, home=home)
 
 
-def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load_model(
+    folder: Path, device: str = "auto", dtype: str = "auto", kernels: Kernels | None = None
+) -> LoadedModel:
     """Loads a checkpoint's weights with transformers: safetensors alone, no code of its own.
 
     Raises `CheckpointError` for a device that is not here, an architecture that transformers does
     not know, weights that are missing, broken or of another shape, and too little memory.
     """
     place = resolve_device(device)
-    precision = resolve_dtype(dtype, place)
     config = read_json(folder, "config.json")
     check_architecture(config)
     check_packages(config, place)
     weights = read_weights(Folder(folder))
+    stored = weights.bfloat16 and method_of(config) is None
+    precision = resolve_dtype(dtype, place, bfloat16=stored, kernels=kernels)
     need = memory.weights_bytes(weights, config, precision, place)
     problem = memory.problem(str(folder), need, config, precision, place)
     if problem is not None:
@@ -103,8 +117,7 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> Loade
         problem = _incomplete(info)
         if problem is None:
             _settle(model, config, place)
-            name = str(precision).removeprefix("torch.")
-            return LoadedModel(model=model, folder=folder, device=place, dtype=name)
+            return LoadedModel(model=model, folder=folder, device=place)
     except (MemoryError, torch.OutOfMemoryError):
         problem = f"it does not fit into the memory of {place}; use a smaller or quantised one"
     except Exception as error:  # transformers raises whatever its parts raise

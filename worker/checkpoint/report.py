@@ -24,6 +24,8 @@ from worker.checkpoint.tokenizer import check_converter, convert_tokenizer
 if TYPE_CHECKING:
     import torch
 
+    from worker.engine.cpu_compile import Kernels
+
 _TEMPLATE = "chat_template.jinja"
 
 
@@ -98,10 +100,11 @@ def check(
     dtype: str = "auto",
     sequences: int | None = None,
     chat_template: str | None = None,
+    kernels: Kernels | None = None,
 ) -> Report:
     """Looks at a checkpoint by its key; never raises `CheckpointError`, the report carries them.
 
-    `home` is the data folder. `sequences` as long as the context must fit into the memory; by
+    `home` is the data folder; `kernels` those that a worker here would use on a CPU. `sequences` as long as the context must fit into the memory; by
     default only the weights must, and what does not fit of one sequence is a note.
     """
     report = Report(key)
@@ -120,7 +123,8 @@ def check(
     place, unknown = None, None
     try:
         place = resolve_device(device)
-        precision = resolve_dtype(dtype, place)
+        stored = weights.bfloat16 and report.quantization is None
+        precision = resolve_dtype(dtype, place, bfloat16=stored, kernels=kernels)
     except CheckpointError as error:
         unknown = str(error)
     if report.quantization is not None:

@@ -91,14 +91,17 @@ def _measure(
     from nightherd.errors import CheckpointError
     from worker import bench as measuring
     from worker import checkpoint as checkpoints
-    from worker.app import kernel_folder
     from worker.checkpoint.memory import available
     from worker.engine.build import EngineOptions, build_engine
     from worker.engine.weights import UnsupportedModelError, embedding, shape_of
+    from worker.kernels import kernel_folder, kernels_of
 
     key = checkpoint_key(checkpoint)
     notice(f"loading {checkpoint}")
-    opened = checkpoints.open_checkpoint(key, device=device, dtype=dtype, home=settings.home)
+    kernels = kernels_of(settings)
+    opened = checkpoints.open_checkpoint(
+        key, device=device, dtype=dtype, home=settings.home, kernels=kernels
+    )
     model, text = opened.model, opened.text
     place = model.device
     _set_threads(place, settings.threads)
@@ -123,6 +126,8 @@ def _measure(
             kv_memory=settings.kv_memory,
             threads=settings.threads,
             prefix_cache=False,
+            cpu_level=settings.cpu_level,
+            widen=dtype == "auto" and not checkpoints.computes_in_bfloat16(place, kernels),
         ),
     )
     ready = measuring.Bench(engine, text.vocab_size, text.context_length)

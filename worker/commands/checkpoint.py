@@ -72,6 +72,7 @@ def check(
     from nightherd.errors import CheckpointError
     from nightherd.settings import load_settings
     from worker import checkpoint as checkpoints
+    from worker.kernels import kernels_of
 
     settings = load_settings()
     report = checkpoints.check(
@@ -80,6 +81,7 @@ def check(
         device=device,
         dtype=dtype,
         sequences=sequences,
+        kernels=kernels_of(settings),
     )
     if as_json:
         print_json(report.as_json())

@@ -163,10 +163,11 @@ def _start(settings: Settings | None, key: str, only: tuple[str, ...]) -> dict[s
     import producer.status  # noqa: F401
     from producer import doctor, machine
     from producer.findings import Check, Probe
+    from worker.doctor import check_compiler
 
     checks: dict[str, Check] = {
         "memory": machine.check_memory,
-        "compiler": machine.check_compiler,
+        "compiler": partial(check_compiler, settings),
         "versions": machine.check_versions,
     }
     if settings is not None:

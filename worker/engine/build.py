@@ -12,7 +12,9 @@ import torch
 
 from nightherd.errors import CheckpointError
 from worker.engine.block_manager import BlockManager
-from worker.engine.cpu_library import BLOCK, LibraryError
+from worker.engine.cpu_compile import Kernels, LibraryError
+from worker.engine.cpu_level import Level
+from worker.engine.cpu_library import BLOCK
 from worker.engine.engine import BatchEngine
 from worker.engine.interface import Engine
 from worker.engine.openmp import end_team
@@ -49,6 +51,10 @@ class EngineOptions:
     threads: int | None = None
     """Of the CPU."""
     prefix_cache: bool = True
+    cpu_level: Level | None = None
+    """The kernels' level of CPUs, where below the machine's own."""
+    widen: bool = False
+    """bfloat16 is there for the kernels' sake: on a CPU anything else computes in float32."""
 
 
 def build_engine(
@@ -87,6 +93,8 @@ def build_engine(
             )
     from worker.engine.reference import GenerateEngine
 
+    if device.type == "cpu":
+        _widen(model, options)
     end_team()
     return GenerateEngine(
         model,
@@ -121,22 +129,18 @@ def _batch_engine(
         )
     memory = _default_memory(on_cpu, available)
     if on_cpu and options.kind in ("auto", "kernels"):
-        from worker.engine.cpu_runner import CpuRunner
-
-        blocks = _blocks(shape, dtype, context, sequences, memory, available, options)
         try:
-            runner = CpuRunner(
+            runner = _cpu_runner(
                 model,
-                vocab_size=vocab_size,
-                num_blocks=blocks,
-                max_rows=budget,
-                max_sequences=sequences,
-                threads=threads,
-                library_folder=library_folder,
-                reserve=options.kv_memory is not None,
+                vocab_size,
+                context,
+                available,
+                sequences,
+                budget,
+                threads,
+                library_folder,
+                options,
             )
-        except MemoryError as error:
-            raise CheckpointError(f"{error}; give less with {_remedy(options)}") from None
         except (LibraryError, UnsupportedModelError) as error:
             if options.kind == "kernels":
                 raise CheckpointError(f"the kernels cannot be used: {error}") from None
@@ -150,6 +154,7 @@ def _batch_engine(
         from worker.engine.torch_runner import TorchRunner
 
         if on_cpu:
+            _widen(model, options)
             torch.set_num_threads(threads)
         blocks = _blocks(shape, CACHE_DTYPE, context, sequences, memory, available, options)
         runner = TorchRunner(model, vocab_size=vocab_size, num_blocks=blocks, block_size=BLOCK)
@@ -169,6 +174,48 @@ def _batch_engine(
         manager, max_sequences=sequences, budget=budget, apart=runner.name == "cuda"
     )
     return BatchEngine(runner, scheduler, context)
+
+
+def _cpu_runner(
+    model: Any,
+    vocab_size: int,
+    context: int,
+    available: int,
+    sequences: int,
+    budget: int,
+    threads: int,
+    library_folder: Path,
+    options: EngineOptions,
+) -> ModelRunner:
+    """The runner with C kernels; raises `LibraryError` and `UnsupportedModelError`."""
+    from worker.engine.cpu_library import load_library
+    from worker.engine.cpu_runner import CpuRunner, block_bytes, check_model
+
+    kernels = Kernels.here(library_folder, options.cpu_level)
+    shape, dtype = check_model(model), embedding(model).dtype
+    size = block_bytes(load_library(kernels), shape, dtype)
+    memory = _default_memory(True, available)
+    blocks = _blocks(shape, dtype, context, sequences, memory, available, options, block_bytes=size)
+    try:
+        return CpuRunner(
+            model,
+            vocab_size=vocab_size,
+            num_blocks=blocks,
+            max_rows=budget,
+            max_sequences=sequences,
+            threads=threads,
+            kernels=kernels,
+            reserve=options.kv_memory is not None,
+        )
+    except MemoryError as error:
+        raise CheckpointError(f"{error}; give less with {_remedy(options)}") from None
+
+
+def _widen(model: Any, options: EngineOptions) -> None:
+    """To float32, where bfloat16 was chosen for kernels that are not to be had."""
+    if options.widen and embedding(model).dtype == torch.bfloat16:
+        log.info("computes in float32: bfloat16 by plain torch takes many times as long here")
+        model.float()
 
 
 def _cuda_runner(
@@ -235,10 +282,11 @@ def _blocks(
     options: EngineOptions,
     *,
     block: int = BLOCK,
+    block_bytes: int | None = None,
 ) -> int:
     """Blocks of the KV cache, of `memory` bytes unless the user says otherwise; what does not fit
     is said."""
-    size = 2 * shape.layers * shape.kv_width * block * dtype.itemsize
+    size = block_bytes or 2 * shape.layers * shape.kv_width * block * dtype.itemsize
     if options.kv_memory is not None:
         memory = options.kv_memory
     whole = -(-context // block)

@@ -10,21 +10,14 @@ import math
 import mmap
 import sys
 from functools import cache
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
 from worker.engine import weights
-from worker.engine.cpu_library import (
-    BLOCK,
-    PANEL,
-    Layer,
-    Model,
-    Step,
-    load_library,
-)
+from worker.engine.cpu_compile import Kernels
+from worker.engine.cpu_library import BLOCK, Layer, Model, Step, load_library
 from worker.engine.cpu_sampling import SamplingTable, chosen_rows, read_choices
 from worker.engine.runner import Choices
 from worker.engine.scheduler import Plan
@@ -39,19 +32,24 @@ _MADV_POPULATE_WRITE = 23
 _HUGE_PAGE = 2 << 20
 
 
-def check_shape(shape: Shape, dtype: torch.dtype) -> None:
+def check_model(model: Any) -> Shape:
     """Raises `UnsupportedModelError` where the kernels do not cover a model."""
+    shape, dtype = weights.shape_of(model), weights.embedding(model).dtype
     if dtype not in (torch.float32, torch.bfloat16):
         raise UnsupportedModelError(f"the kernels do not compute in {dtype}")
     if shape.head_dim % 16 or shape.head_dim > MAX_HEAD_DIM:
         raise UnsupportedModelError(f"its heads are of {shape.head_dim}, not of 16, 32, … 256")
     if shape.hidden % 16:
         raise UnsupportedModelError(f"its width, {shape.hidden}, is no multiple of 16")
+    # They are packed anew.
+    weights.check_dense(model)
+    return shape
 
 
-def block_bytes(shape: Shape, dtype: torch.dtype) -> int:
+def block_bytes(library: ctypes.CDLL, shape: Shape, dtype: torch.dtype) -> int:
     """Bytes of one block of the KV cache, all layers together."""
-    return 2 * shape.layers * shape.kv_width * BLOCK * dtype.itemsize
+    head = int(library.nightherd_head_bytes(shape.head_dim, dtype == torch.bfloat16))
+    return shape.layers * shape.kv_heads * head
 
 
 class CpuRunner:
@@ -69,19 +67,16 @@ class CpuRunner:
         max_rows: int,
         max_sequences: int,
         threads: int,
-        library_folder: Path,
+        kernels: Kernels,
         reserve: bool = False,
     ) -> None:
         """`max_rows` and `max_sequences`: of one step. `reserve`: the KV cache takes all its memory
         now, not as it fills. Raises `UnsupportedModelError` and `LibraryError`, both before the
         model is touched, and `MemoryError`."""
-        self.shape = weights.shape_of(model)
-        dtype = weights.embedding(model).dtype
-        check_shape(self.shape, dtype)
-        # They are packed anew.
-        weights.check_dense(model)
-        self._library = load_library(library_folder)
-        self._dtype = dtype
+        self.shape = check_model(model)
+        self._library = load_library(kernels)
+        self._dtype = dtype = weights.embedding(model).dtype
+        self._panel = int(self._library.nightherd_panel())
         self.num_blocks = num_blocks
         self.vocab_size = min(vocab_size, self.shape.vocab_rows)
         self._arena = _Arena()
@@ -182,16 +177,17 @@ class CpuRunner:
         layer = self._layers[index]
         layer.qkv = self._keep(self._packed(torch.cat([given.q, given.k, given.v])))
         layer.o = self._keep(self._packed(given.o))
-        layer.gate_up = self._keep(self._packed(_interleaved(given.gate, given.up)))
+        layer.gate_up = self._keep(self._packed(_interleaved(given.gate, given.up, self._panel)))
         layer.down = self._keep(self._packed(given.down))
-        for name, vector in _vectors(given).items():
+        for name, vector in _vectors(given, self._panel).items():
             if vector is not None:
-                setattr(layer, name, self._keep(_padded(vector.float(), PANEL)))
+                setattr(layer, name, self._keep(_padded(vector.float(), self._panel)))
         weights.drop_layer(model, index)
 
     def _make_caches(self, *, reserve: bool) -> None:
         """Last of all: before, the checkpoint's file still lies in memory beside its copy."""
-        size = self.num_blocks * 2 * self.shape.kv_width * BLOCK * self._dtype.itemsize
+        size = self.num_blocks * block_bytes(self._library, self.shape, self._dtype)
+        size //= self.shape.layers
         for layer in self._layers:
             layer.cache = self._keep(_map(size, reserve=reserve))
 
@@ -203,7 +199,7 @@ class CpuRunner:
         packed = self._packed(output)
         described = Model(
             layer=cast(Any, self._layers),
-            final_norm=self._keep(_padded(weights.final_norm(model).float(), PANEL)),
+            final_norm=self._keep(_padded(weights.final_norm(model).float(), self._panel)),
             cosines=self._keep(cos),
             sines=self._keep(sin),
             embedding=None if tied else self._keep(embedding.contiguous()),
@@ -227,23 +223,24 @@ class CpuRunner:
         return described
 
     def _packed(self, matrix: torch.Tensor) -> torch.Tensor:
-        """[outputs, inputs] as panels [outputs / 64, inputs / per, 64, per], filled up by zeros."""
-        per = 2 if self._dtype == torch.bfloat16 else 1
+        """[outputs, inputs] as the kernels read it, both filled up by zeros."""
+        wide = self._dtype == torch.bfloat16
+        per = int(self._library.nightherd_per(wide))
         outputs, inputs = matrix.shape
-        if outputs % PANEL or inputs % per:
-            matrix = torch.nn.functional.pad(matrix, (0, -inputs % per, 0, -outputs % PANEL))
-        outputs, inputs = matrix.shape
-        panels = matrix.view(outputs // PANEL, PANEL, inputs // per, per).permute(0, 2, 1, 3)
-        return self._arena.empty(tuple(panels.shape), self._dtype).copy_(panels)
+        filled = (outputs + -outputs % self._panel, inputs + -inputs % per)
+        packed = self._arena.empty(filled, self._dtype)
+        matrix = matrix.contiguous()
+        self._library.nightherd_pack(matrix.data_ptr(), outputs, inputs, wide, packed.data_ptr())
+        return packed
 
 
 def _padded(vector: torch.Tensor, to: int) -> torch.Tensor:
     return torch.nn.functional.pad(vector, (0, -len(vector) % to)).contiguous()
 
 
-def _interleaved(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Rows of both, 32 and 32, so that a panel has what SiLU(gate) * up needs."""
-    half = PANEL // 2
+def _interleaved(gate: torch.Tensor, up: torch.Tensor, panel: int) -> torch.Tensor:
+    """Rows of both, half a panel and half, so that a panel has what SiLU(gate) * up needs."""
+    half = panel // 2
     gate, up = (
         torch.nn.functional.pad(x, (*(0, 0) * (x.dim() - 1), 0, -len(x) % half)) for x in (gate, up)
     )
@@ -251,7 +248,7 @@ def _interleaved(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, dim=1).flatten(0, 1)
 
 
-def _vectors(given: LayerWeights) -> dict[str, torch.Tensor | None]:
+def _vectors(given: LayerWeights, panel: int) -> dict[str, torch.Tensor | None]:
     """Norms and biases by the names that the kernels have for them."""
     qkv = [given.q_bias, given.k_bias, given.v_bias]
     if any(bias is not None for bias in qkv):
@@ -263,7 +260,7 @@ def _vectors(given: LayerWeights) -> dict[str, torch.Tensor | None]:
     gate_up_bias = None
     if given.gate_bias is not None or given.up_bias is not None:
         gate_up_bias = _interleaved(
-            _bias(given.gate_bias, given.gate), _bias(given.up_bias, given.up)
+            _bias(given.gate_bias, given.gate), _bias(given.up_bias, given.up), panel
         )
     return {
         "input_norm": given.input_norm,

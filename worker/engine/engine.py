@@ -21,7 +21,7 @@ from worker.engine.runner import AheadRunner, Choices, Flight, ModelRunner
 from worker.engine.sample import Sample
 from worker.engine.scheduler import Plan, Scheduler
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("nightherd.engine")
 
 _RECENT_STEPS = 256
 _CALM_STEPS = 1000

@@ -39,7 +39,7 @@ from worker.engine.interface import (
 from worker.engine.reference_logits import BatchLogits, Row
 from worker.engine.requests import one_line, out_of_memory, problem_of
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("nightherd.engine")
 
 GATHER_SECONDS = 0.02
 """How long an idle engine waits for more requests after the first: they arrive one by one, and a

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -13,6 +13,8 @@ from tests.checkpoints import tiny_llama
 from tests.commands.invoking import KERNELS
 from tests.engines import VOCAB, Faulty
 from worker.engine.block_manager import BlockManager
+from worker.engine.cpu_compile import Kernels
+from worker.engine.cpu_level import Level
 from worker.engine.cpu_runner import CpuRunner
 from worker.engine.engine import BatchEngine
 from worker.engine.openmp import end_team
@@ -84,13 +86,13 @@ def batch_engines(model: Any, kernels: Path) -> Iterator[Callable[..., BatchEngi
         blocks: int = 128,
         threads: int = 2,
         prefix_cache: bool = True,
-        kind: str = "kernels",
+        kind: str = "kernels",  # or a level of theirs
         wrap: Callable[[ModelRunner], ModelRunner] = lambda runner: runner,
         **_: Any,
     ) -> BatchEngine:
         copied = copy.deepcopy(model)
         loaded: ModelRunner
-        if kind == "kernels":
+        if kind != "torch":
             loaded = CpuRunner(
                 copied,
                 vocab_size=vocab_size,
@@ -98,7 +100,7 @@ def batch_engines(model: Any, kernels: Path) -> Iterator[Callable[..., BatchEngi
                 max_rows=max(budget, max_batch),
                 max_sequences=max_batch,
                 threads=threads,
-                library_folder=kernels,
+                kernels=Kernels.here(kernels, None if kind == "kernels" else cast(Level, kind)),
             )
         else:
             loaded = TorchRunner(copied, vocab_size=vocab_size, num_blocks=blocks)

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from tests.worker.engine.test_sampler import CPU, GIVEN, sample_of, samples_of, some_logits
+from worker.engine.cpu_compile import Kernels
+from worker.engine.cpu_level import levels_here
 from worker.engine.cpu_library import load_library
 from worker.engine.cpu_sampling import SamplingTable, chosen_rows, read_choices
 from worker.engine.runner import Choices
@@ -20,10 +22,10 @@ from worker.engine.sequence import Sequence as Sample
 Choose = Callable[[torch.Tensor, Sequence[Sample]], Choices]
 
 
-@pytest.fixture
-def choose(kernels: Path) -> Choose:
-    """As `Sampler.choose`, by the kernels."""
-    library = load_library(kernels)
+@pytest.fixture(params=levels_here())
+def choose(kernels: Path, request: pytest.FixtureRequest) -> Choose:
+    """As `Sampler.choose`, by the kernels of each level."""
+    library = load_library(Kernels(kernels, request.param))
 
     def by_kernels(logits: torch.Tensor, samples: Sequence[Sample]) -> Choices:
         rows = logits.clone().contiguous()

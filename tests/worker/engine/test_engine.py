@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import random
@@ -18,17 +19,19 @@ from hypothesis import strategies as st
 from tests.checkpoints import tiny_llama
 from tests.engines import PROMPTS, VOCAB, ask, check, tokens, wait
 from tests.worker.engine.test_tokens import MIXED
+from worker.engine.cpu_level import levels_here
 from worker.engine.engine import BatchEngine
 from worker.engine.interface import EngineRequest, Grammar
 from worker.engine.reference import GenerateEngine
 
 Make = Callable[..., BatchEngine]
+KINDS = (*levels_here(), "torch")
 
 
 # The same tokens.
 
 
-@pytest.mark.parametrize("kind", ["kernels", "torch"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_it_samples_what_the_reference_samples(
     kind: str, batch_engines: Make, generate_engines: Callable[..., GenerateEngine]
 ) -> None:
@@ -104,10 +107,12 @@ def agree(model: Any, make: Make, name: str) -> int:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("level", levels_here())
 def test_it_agrees_with_transformers_in_every_layout(
-    layout: dict[str, Any], batch_engines: Make, doubtful: list[int]
+    level: str, layout: dict[str, Any], batch_engines: Make, doubtful: list[int]
 ) -> None:
-    doubtful.append(agree(tiny_llama(**layout), batch_engines, str(layout)))
+    make = functools.partial(batch_engines, kind=level)
+    doubtful.append(agree(tiny_llama(**layout), make, str(layout)))
 
 
 @pytest.mark.parametrize("name", ["Mistral", "Qwen2", "Qwen3"])
@@ -138,8 +143,10 @@ def sharp(request: pytest.FixtureRequest) -> Any:
     return tiny_llama().to(request.param)
 
 
-def test_company_changes_nothing(sharp: Any, batch_engines: Make) -> None:
+@pytest.mark.parametrize("level", levels_here())
+def test_company_changes_nothing(level: str, sharp: Any, batch_engines: Make) -> None:
     """Alone, with others, in pieces, after preemption, by one thread or two, cached or not."""
+    batch_engines = functools.partial(batch_engines, kind=level)
     alone: dict[int, tuple[int, ...]] = {}
     reference = batch_engines(model=sharp, max_batch=1, budget=256, prefix_cache=False)
     beginning = tuple(range(50, 120))
@@ -216,7 +223,7 @@ class Stuck(Digits):
         super().fill_mask(mask)
 
 
-@pytest.mark.parametrize("kind", ["kernels", "torch"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_grammars(kind: str, batch_engines: Make) -> None:
     engine = batch_engines(kind=kind)
     (free,) = tokens(engine, ask())

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.engines import ask, check, tokens, wait
+from worker.engine.cpu_level import levels_here
 from worker.engine.engine import BatchEngine
 from worker.engine.interface import EngineRequest, Generation
 from worker.engine.runner import Choices, ModelRunner
@@ -152,7 +153,7 @@ def test_logits_that_are_not_finite_fail_their_row_alone(
     assert [wait(fine).token_ids] == wanted
 
 
-@pytest.mark.parametrize("kind", ["kernels", "torch"])
+@pytest.mark.parametrize("kind", [*levels_here(), "torch"])
 def test_a_weight_that_is_no_number_fails_those_who_read_it(
     kind: str, model: Any, batch_engines: Make
 ) -> None:

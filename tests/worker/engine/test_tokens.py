@@ -17,13 +17,14 @@ from nightherd.text import PROMPT_TAIL, TextProcessor
 from tests.checkpoints import tiny_llama, write_text_files
 from tests.engines import PROMPTS, VOCAB, ask, tokens, wait
 from worker.detokenizer import StopStringCheck, to_result
+from worker.engine.cpu_level import levels_here
 from worker.engine.interface import Engine, Generation
 from worker.engine.reference_logits import BatchLogits, Row
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=["generate", "kernels", "torch"])
+@pytest.fixture(params=["generate", *levels_here(), "torch"])
 def engines(request: pytest.FixtureRequest) -> Callable[..., Engine]:
     """All engines in turn: they must choose the same tokens."""
     if request.param == "generate":

@@ -6,12 +6,14 @@
 // block (rows of one sequence, heads of one group, sequences with a common beginning) read it
 // together.
 //
-// The cache of one layer is [blocks][kv heads][2][BLOCK * head_dim]: keys as
-// [head_dim / PER][BLOCK][PER], then values as [BLOCK / PER][head_dim][PER]. A task goes through a
+// The cache of one layer is [blocks][kv heads] of keys as [head_dim / PER][BLOCK][PER], then values as
+// [BLOCK / PER][head_dim][PER], columns in the order of `place`. A task goes through a
 // block with all its heads before the next block: that is one stretch of memory. Waiting for memory
 // is most of the time: while a block is worked on the next one is fetched, a few lines at a time, as
 // a core can wait for few lines at once.
 #pragma once
+
+#include <algorithm>
 
 #include "vector.h"
 
@@ -23,89 +25,109 @@ constexpr int MAX_HEAD_DIM = 256;
 
 template <class E>
 struct Query {
-    const typename E::T* vector;
+    const typename E::X* vector;
     const int32_t* table;  // blocks of its sequence
     int keys;              // that it may look at
     float highest;
-    vec total;  // of the shares so far, in sixteen parts
-    float* sum;  // [head_dim]
-    typename E::T* out;  // [head_dim]
+    vec total;  // of the shares so far, in LANES parts
+    float* sum;  // [width_of<E>(head_dim)]
+    typename E::X* out;  // [head_dim]
 };
 
-static inline void fetch(const void* from, int lines) {
-    for (int l = 0; l < lines; ++l) __builtin_prefetch((const char*)from + 64 * l);
+// Numbers of a row of values: whole groups, what is too many is zero.
+template <class E>
+static inline int width_of(int head_dim) {
+    return (head_dim + E::GROUP - 1) / E::GROUP * E::GROUP;
+}
+
+// Numbers of one KV head in one block.
+template <class E>
+static inline size_t head_of(int head_dim) {
+    return (size_t)BLOCK * (head_dim + width_of<E>(head_dim));
+}
+
+static inline void fetch(const void* from, int bytes) {
+    for (int at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)from + at);
+}
+
+// The products of N queries with C vectors of keys, from number `first` on, into `scores`.
+template <class E, int N, int C>
+static inline void score(const Query<E>* queries, const typename E::T* keys, int size, int first,
+                         const typename E::T* next, float (&scores)[N][BLOCK]) {
+    vec sums[N][C];
+    for (int n = 0; n < N; ++n)
+        for (int c = 0; c < C; ++c) sums[n][c] = vec{};
+    for (int i = 0; i < size; i += E::PER) {
+        if (next) fetch(next + i * BLOCK, BLOCK * E::PER * sizeof(typename E::T));
+        multiply<E>(sums, [&](int n) { return queries[n].vector + i; }, keys + i * BLOCK, first);
+    }
+    for (int n = 0; n < N; ++n)
+        for (int c = 0; c < C; ++c) store(&scores[n][(first + c) * LANES], sums[n][c]);
+}
+
+// Adds C vectors of values from column `first` on, each by its share.
+template <class E, int N, int C>
+static inline void gather(Query<E>* queries, const typename E::T* values, int width, int first, int used,
+                          const typename E::X (&shares)[N][BLOCK], const float (&fade)[N],
+                          const typename E::T* next) {
+    constexpr int WIDE = C * LANES * E::PER * sizeof(typename E::T);
+    vec sums[N][C];
+    for (int n = 0; n < N; ++n)
+        for (int c = 0; c < C; ++c) sums[n][c] = load(queries[n].sum + first + c * LANES) * fade[n];
+    const auto* row = values + first * E::PER;
+    if (first * E::PER * sizeof(typename E::T) % 64) next = nullptr;  // it has the line already
+    for (int j = 0; j < used; j += E::PER, row += width * E::PER) {
+        if (next) fetch(next + (row - values), WIDE);
+        multiply<E>(sums, [&](int n) { return shares[n] + j; }, row);
+    }
+    for (int n = 0; n < N; ++n)
+        for (int c = 0; c < C; ++c) store(queries[n].sum + first + c * LANES, sums[n][c]);
 }
 
 template <class E, int N>
-static inline void attend(Query<E>* queries, const typename E::T* keys, const typename E::T* values,
-                          int start, int size, const typename E::T* next) {
-    using T = typename E::T;
-    vec scores[N][2];
-    for (int n = 0; n < N; ++n) scores[n][0] = scores[n][1] = vec{};
-    for (int i = 0; i < size; i += E::PER) {
-        const auto low = E::read(keys + i * BLOCK);
-        const auto high = E::read(keys + i * BLOCK + LANES * E::PER);
-        if (next) fetch(next + i * BLOCK, 2);
-#pragma GCC unroll 6
-        for (int n = 0; n < N; ++n) {
-            scores[n][0] = E::add(scores[n][0], queries[n].vector + i, low);
-            scores[n][1] = E::add(scores[n][1], queries[n].vector + i, high);
-        }
-    }
-    const int_vec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    alignas(64) T shares[N][BLOCK];
+static void attend(Query<E>* queries, const typename E::T* keys, const typename E::T* values, int start, int size,
+                   const typename E::T* next) {
+    constexpr int VECTORS = BLOCK / LANES, C = N <= 3 ? 4 : COLUMNS;
+    constexpr int S = std::min(C, VECTORS);  // of keys
+    alignas(64) float scores[N][BLOCK];
+    for (int first = 0; first < VECTORS; first += S)
+        score<E, N, S>(queries, keys, size, first, first ? nullptr : next, scores);
+    alignas(64) typename E::X shares[N][BLOCK];
     float fade[N];
     int used = 0;
     for (int n = 0; n < N; ++n) {
         Query<E>& query = queries[n];
         const int valid = query.keys - start < BLOCK ? query.keys - start : BLOCK;
         if (valid > used) used = valid;
-        const vec none = splat(-INFINITY);
-        const vec low = lane < valid ? scores[n][0] : none;
-        const vec high = lane + LANES < valid ? scores[n][1] : none;
-        const float here = largest(larger(low, high));
+        vec most = splat(-INFINITY), total = {};
+        for (int v = 0; v < BLOCK; v += LANES) {
+            const vec here = lane_numbers() + v < valid ? load(&scores[n][v]) : splat(-INFINITY);
+            store(&scores[n][v], here);
+            most = larger(most, here);
+        }
+        const float here = largest(most);
         fade[n] = 1;
         if (here > query.highest) {
             fade[n] = exponential(query.highest - here);
             query.highest = here;
         }
-        const vec first = exponential(low - query.highest);
-        const vec second = exponential(high - query.highest);
-        query.total = query.total * fade[n] + (first + second);
-        E::write(shares[n], first);
-        E::write(shares[n] + LANES, second);
-    }
-    for (int d = 0; d < size; d += 4 * LANES) {
-        const int width = (size - d) / LANES < 4 ? (size - d) / LANES : 4;
-        vec sums[N][4];
-        for (int n = 0; n < N; ++n)
-            for (int c = 0; c < 4; ++c)
-                sums[n][c] = c < width ? load(queries[n].sum + d + c * LANES) * fade[n] : vec{};
-        if (width == 4) {
-            for (int j = 0; j < used; j += E::PER) {
-                const T* row = values + (size_t)j * size + d * E::PER;
-                if (next) fetch(next + BLOCK * size + (row - values), 4);
-                typename E::Packed packed[4];
-                for (int c = 0; c < 4; ++c) packed[c] = E::read(row + c * LANES * E::PER);
-#pragma GCC unroll 6
-                for (int n = 0; n < N; ++n)
-                    for (int c = 0; c < 4; ++c)
-                        sums[n][c] = E::add(sums[n][c], shares[n] + j, packed[c]);
-            }
-        } else {
-            for (int j = 0; j < used; j += E::PER) {
-                if (next) fetch(next + BLOCK * size + (size_t)j * size + d * E::PER, width);
-                for (int c = 0; c < width; ++c) {
-                    const auto packed =
-                        E::read(values + (size_t)j * size + (d + c * LANES) * E::PER);
-                    for (int n = 0; n < N; ++n)
-                        sums[n][c] = E::add(sums[n][c], shares[n] + j, packed);
-                }
-            }
+        for (int v = 0; v < BLOCK; v += LANES) {
+            const vec share = exponential(load(&scores[n][v]) - query.highest);
+            total += share;
+            E::write(shares[n] + v, share);
         }
-        for (int n = 0; n < N; ++n)
-            for (int c = 0; c < width; ++c) store(queries[n].sum + d + c * LANES, sums[n][c]);
+        query.total = query.total * fade[n] + total;
     }
+    const int width = width_of<E>(size);
+    const auto* after = next ? next + BLOCK * size : nullptr;
+    int d = 0;
+    for (; d + C * LANES <= width; d += C * LANES)
+        gather<E, N, C>(queries, values, width, d, used, shares, fade, after);
+    if constexpr (C > 2)
+        for (; d + 2 * LANES <= width; d += 2 * LANES)
+            gather<E, N, 2>(queries, values, width, d, used, shares, fade, after);
+    if constexpr (E::GROUP % (2 * LANES))
+        if (d < width) gather<E, N, 1>(queries, values, width, d, used, shares, fade, after);
 }
 
 // The queries of one KV head on block number `start / BLOCK` of their sequences; `cache` is at this
@@ -149,12 +171,12 @@ static void attend_all(Query<E>* queries, int heads, int count, const typename E
     for (int n = 0; n < heads * count; ++n) {
         queries[n].highest = -INFINITY;
         queries[n].total = vec{};
-        for (int d = 0; d < size; d += LANES) store(queries[n].sum + d, vec{});
+        for (int d = 0; d < width_of<E>(size); d += LANES) store(queries[n].sum + d, vec{});
         if (queries[n].keys > most) most = queries[n].keys;
     }
     for (int start = 0; start < most; start += BLOCK)
         for (int h = 0; h < heads; ++h) {
-            const size_t head = (size_t)h * 2 * BLOCK * size;
+            const size_t head = h * head_of<E>(size);
             attend_head(queries + h * count, count, cache + head, stride, start, size,
                         after ? after + head : nullptr);
         }

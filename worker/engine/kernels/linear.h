@@ -1,8 +1,8 @@
 // Rows of numbers times a matrix: the linear layers.
 //
-// A matrix [n outputs, k inputs] is packed in panels of 64 outputs (n filled up with zeros):
-// panel[p][k / PER][64][PER]. Six rows at a time keep 24 sums of sixteen outputs in registers. The
-// sum of one output goes through the inputs in order, so it does not depend on the other rows.
+// A matrix [n outputs, k inputs] is packed in panels of PANEL outputs (n filled up with zeros):
+// panel[p][k / PER][PANEL][PER]. TILE rows at a time keep the sums of a panel in registers. The sum of
+// one output goes through the inputs in order, so it does not depend on the other rows.
 #pragma once
 
 #include <algorithm>
@@ -11,19 +11,23 @@
 
 namespace nightherd {
 
-constexpr int PANEL = 64;    // outputs
-constexpr int TILE = 6;      // rows
+constexpr int PANEL = COLUMNS * LANES;  // outputs
 
 // Rows of one task, at most. Two tasks with one panel both read it: as many rows as a step has by
 // default, where that many rows' inputs fit into L2.
 template <class E>
-constexpr int CHUNK = E::PER == 2 ? 258 : 96;
+constexpr int CHUNK = sizeof(typename E::X) == 2 ? 258 : 96;
 
-// Inputs (of PER each) that are worked through before the next rows. Few rows wait for memory: what
-// their first tile reads stays in L1 for the others, and what comes next is fetched into L1 as well.
-// Many rows compute: they keep their sums in registers for long. Measured on Zen 5, both kinds of numbers.
-static inline int depth_of(int tiles) { return tiles <= 3 ? 64 : tiles <= 8 ? 128 : 1024; }
-constexpr int NEAR_DEPTH = 128;  // two slices as deep fit into L1
+// Inputs (of PER each) that make up FETCH lines of a panel: prefetching goes by these.
+constexpr int FETCH = 4;
+template <class E>
+constexpr int UNIT = FETCH * 64 / (PANEL * E::PER * (int)sizeof(typename E::T));
+
+// Bytes of a panel that are worked through before the next rows. Few rows wait for memory: what their
+// first tile reads stays in L1 for the others, and what comes next is fetched into L1 as well. Many
+// rows compute: they keep their sums in registers for long. Measured on Zen 5, both kinds of numbers.
+static inline int slice_of(int tiles) { return tiles <= 3 ? 16 << 10 : tiles <= 8 ? 32 << 10 : 256 << 10; }
+constexpr int NEAR_SLICE = 32 << 10;  // two as large fit into L1
 
 template <class E>
 struct Matrix {
@@ -33,90 +37,98 @@ struct Matrix {
     int inputs;  // k, filled up to a multiple of PER
 };
 
-// What a tile fetches from memory while it computes: of each PER inputs' cache lines `lines`, at the
-// place that the thread comes to one depth later, be it in this panel or in its next one.
+// A panel's sums.
+static inline void add(const float* a, const float* b, float* to) {
+    for (int c = 0; c < PANEL; c += LANES) store(to + c, load(a + c) + load(b + c));
+}
+
+// [outputs, inputs] as panels: what is in no row or column is zero. `to` is all zeros before.
+template <class E>
+static void pack(const typename E::T* from, int outputs, int inputs, typename E::T* to) {
+    const int deep = (inputs + E::PER - 1) / E::PER * E::PER;
+    for (int first = 0; first < outputs; first += PANEL, to += (size_t)deep * PANEL)
+        for (int c = 0; c < std::min(PANEL, outputs - first); ++c) {
+            const auto* row = from + (size_t)(first + c) * inputs;
+            auto* place = to + E::place(c) * E::PER;
+            for (int i = 0; i < inputs; ++i) place[(size_t)(i / E::PER) * PANEL * E::PER + i % E::PER] = row[i];
+        }
+}
+
+// What a tile fetches from memory while it computes: of each UNIT inputs' FETCH cache lines `lines`, at
+// the place that the thread comes to one depth later, be it in this panel or in its next one.
 template <class E>
 struct Ahead {
     const typename E::T *here, *there;  // from input `wrap` on it is there
     int wrap, lines;
 };
 
-template <class E, int ROWS, bool NEAR, class Emit>
-static inline void tile(const Matrix<E>& matrix, int panel, const typename E::T* x, int stride,
-                        int first, int begin, int end, float* partial, const Ahead<E>& ahead,
-                        const Emit& emit) {
-    constexpr int LINE = 64 / sizeof(typename E::T);
-    constexpr int COLUMNS = PANEL / LANES;
+// Inputs [begin, end) of one panel for ROWS rows at `x`; the sums so far are in `partial`, and go there.
+template <class E, int ROWS, bool NEAR>
+static __attribute__((noinline)) void tile(const typename E::T* panel, const typename E::X* x, int stride, int begin, int end, float* partial,
+                 const Ahead<E>& ahead) {
+    constexpr int LINE = 64 / sizeof(typename E::T), STEP = UNIT<E> * E::PER;
     vec sums[ROWS][COLUMNS];
-    for (int r = 0; r < ROWS; ++r)
-        for (int c = 0; c < COLUMNS; ++c)
-            sums[r][c] = begin ? load(partial + r * PANEL + c * LANES) : vec{};
-    const auto* w = matrix.packed + ((size_t)panel * matrix.inputs + begin) * PANEL;
-    const auto* row = x + (size_t)first * stride;
-    for (int i = begin; i < end; i += E::PER, w += PANEL * E::PER) {
-        typename E::Packed packed[COLUMNS];
-        for (int c = 0; c < COLUMNS; ++c) packed[c] = E::read(w + c * LANES * E::PER);
-        const auto* to = (i < ahead.wrap ? ahead.here : ahead.there) + (ptrdiff_t)i * PANEL;
-        for (int line = 0; line < ahead.lines; ++line) __builtin_prefetch(to + line * LINE, 0, NEAR ? 3 : 2);
 #pragma GCC unroll 6
-        for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-            for (int c = 0; c < COLUMNS; ++c)
-                sums[r][c] = E::add(sums[r][c], row + (size_t)r * stride + i, packed[c]);
+        for (int c = 0; c < COLUMNS; ++c) sums[r][c] = begin ? load(partial + r * PANEL + c * LANES) : vec{};
+    for (int unit = begin; unit < end; unit += STEP) {
+        const auto* to = (unit < ahead.wrap ? ahead.here : ahead.there) + (ptrdiff_t)unit * PANEL;
+        for (int line = 0; line < ahead.lines; ++line) __builtin_prefetch(to + line * LINE, 0, NEAR ? 3 : 2);
+        const int stop = std::min(unit + STEP, end);
+        for (int i = unit; i < stop; i += E::PER)
+            multiply<E>(sums, [&](int r) { return x + (size_t)r * stride + i; }, panel + (size_t)i * PANEL);
     }
-    const bool last = end == matrix.inputs;
-    for (int r = 0; r < ROWS; ++r) {
-        if (!last) {
-            for (int c = 0; c < COLUMNS; ++c) store(partial + r * PANEL + c * LANES, sums[r][c]);
-            continue;
-        }
-        if (matrix.bias)
-            for (int c = 0; c < COLUMNS; ++c)
-                sums[r][c] += load(matrix.bias + panel * PANEL + c * LANES);
-        emit(first + r, panel, sums[r]);
-    }
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < COLUMNS; ++c) store(partial + r * PANEL + c * LANES, sums[r][c]);
 }
 
-// Inputs [begin, end) of one panel for a tile of at most TILE rows.
-template <class E, bool NEAR, class Emit>
-static inline void tile_of(const Matrix<E>& matrix, int panel, const typename E::T* x, int stride, int first,
-                           int rows, int begin, int end, float* partial, const Ahead<E>& ahead,
-                           const Emit& emit) {
+template <class E, bool NEAR>
+static void tile_of(int rows, const typename E::T* panel, const typename E::X* x, int stride, int begin, int end,
+                    float* partial, const Ahead<E>& ahead) {
     switch (rows) {
-        case 1: tile<E, 1, NEAR>(matrix, panel, x, stride, first, begin, end, partial, ahead, emit); break;
-        case 2: tile<E, 2, NEAR>(matrix, panel, x, stride, first, begin, end, partial, ahead, emit); break;
-        case 3: tile<E, 3, NEAR>(matrix, panel, x, stride, first, begin, end, partial, ahead, emit); break;
-        case 4: tile<E, 4, NEAR>(matrix, panel, x, stride, first, begin, end, partial, ahead, emit); break;
-        case 5: tile<E, 5, NEAR>(matrix, panel, x, stride, first, begin, end, partial, ahead, emit); break;
-        default: tile<E, 6, NEAR>(matrix, panel, x, stride, first, begin, end, partial, ahead, emit);
+        case 1: return tile<E, 1, NEAR>(panel, x, stride, begin, end, partial, ahead);
+        case 2: return tile<E, 2, NEAR>(panel, x, stride, begin, end, partial, ahead);
+        case 3: return tile<E, 3, NEAR>(panel, x, stride, begin, end, partial, ahead);
+        case 4: return tile<E, 4, NEAR>(panel, x, stride, begin, end, partial, ahead);
+        case 5: return tile<E, 5, NEAR>(panel, x, stride, begin, end, partial, ahead);
+        default: return tile<E, TILE, NEAR>(panel, x, stride, begin, end, partial, ahead);
     }
 }
 
-// One panel for rows [first, last), at most CHUNK of them; `emit(row, panel, vec[4])` takes the sums.
-// `next` is the panel that this thread most likely comes to next.
+// One panel for rows [first, last), at most CHUNK of them; `emit(row, panel, sums)` takes each row's
+// PANEL sums. `next` is the panel that this thread most likely comes to next.
 template <class E, class Emit>
-static void panel_rows(const Matrix<E>& matrix, int panel, const typename E::T* x, int stride,
-                       int first, int last, int next, const Emit& emit) {
-    constexpr int LINE = 64 / sizeof(typename E::T), LINES = PANEL * E::PER / LINE;
+static void panel_rows(const Matrix<E>& matrix, int panel, const typename E::X* x, int stride, int first, int last,
+                       int next, const Emit& emit) {
+    constexpr int LINE = 64 / sizeof(typename E::T), WIDE = PANEL * sizeof(typename E::T);
     alignas(64) float partial[CHUNK<E> * PANEL];
-    const int tiles = (last - first + TILE - 1) / TILE, lines = (LINES + tiles - 1) / tiles;
-    const int depth = std::min(depth_of(tiles) * E::PER, matrix.inputs);
-    const bool near = depth <= NEAR_DEPTH * E::PER, more = next < matrix.panels;
+    const int tiles = (last - first + TILE - 1) / TILE, lines = (FETCH + tiles - 1) / tiles;
+    const int slice = slice_of(tiles), depth = std::min(slice / WIDE, matrix.inputs);
+    const bool near = slice <= NEAR_SLICE, more = next < matrix.panels;
     const auto* panel_at = matrix.packed + (size_t)panel * matrix.inputs * PANEL;
     const auto* next_at = matrix.packed + (size_t)next * matrix.inputs * PANEL;
     for (int begin = 0; begin < matrix.inputs; begin += depth) {
         const int end = std::min(begin + depth, matrix.inputs);
         for (int row = first; row < last; row += TILE) {
             float* mine = partial + (row - first) * PANEL;
+            const auto* from = x + (size_t)row * stride;
             const int rows = std::min(last - row, TILE), line = (row - first) / TILE * lines;
             Ahead<E> ahead = {panel_at + (ptrdiff_t)depth * PANEL + line * LINE,
                               next_at + ((ptrdiff_t)depth - matrix.inputs) * PANEL + line * LINE,
-                              matrix.inputs - depth, line < LINES ? std::min(lines, LINES - line) : 0};
+                              matrix.inputs - depth, line < FETCH ? std::min(lines, FETCH - line) : 0};
             if (!more) ahead.there = panel_at;  // there already
             if (near)
-                tile_of<E, true>(matrix, panel, x, stride, row, rows, begin, end, mine, ahead, emit);
+                tile_of<E, true>(rows, panel_at, from, stride, begin, end, mine, ahead);
             else
-                tile_of<E, false>(matrix, panel, x, stride, row, rows, begin, end, mine, ahead, emit);
+                tile_of<E, false>(rows, panel_at, from, stride, begin, end, mine, ahead);
+            if (end < matrix.inputs) continue;
+            for (int r = 0; r < rows; ++r, mine += PANEL) {
+                if (matrix.bias) add(mine, matrix.bias + panel * PANEL, mine);
+                emit(row + r, panel, mine);
+            }
         }
     }
 }

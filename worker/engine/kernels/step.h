@@ -1,49 +1,20 @@
-// One forward pass and the choice of the next tokens, all layers in one call. Plain C ABI; the
-// structures are those of `worker/engine/cpu_library.py`.
+// One forward pass and the choice of the next tokens, all layers in one call.
+#pragma once
+
 #include "attention.h"
 #include "linear.h"
+#include "lines.h"
 #include "pool.h"
-#include "sample.h"
+#include "runner.h"
 
 namespace nightherd {
 
-struct Layer {
-    const float *input_norm, *qkv_bias, *q_norm, *k_norm, *o_bias, *post_norm, *gate_up_bias, *down_bias;
-    const void *qkv, *o, *gate_up, *down;  // packed
-    void* cache;                           // of keys and values
-};
-
-struct Model {
-    const Layer* layer;
-    const float *final_norm, *cosines, *sines;  // angles: [context][head_dim / 2]
-    const void* embedding;  // [vocab_rows][hidden], or null: `output` holds it, packed
-    const void* output;     // packed
-    int32_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab_size, vocab_rows;
-    int32_t bfloat16, max_rows, max_chosen, threads;
-    float norm_eps;
-};
-
-struct Step {
-    const int32_t *token_ids, *positions, *slots;  // [rows]; a slot is a row of `tables`
-    const int32_t *lasts;   // [rows]: 1 where the sequence has no later position in this step
-    const int32_t* tables;  // [slots][table_width], block numbers
-    const int32_t *chosen_rows, *sampling_slots;  // [chosen]
-    const Sampling* sampling;
-    Chosen* chosen;
-    int32_t rows, chosen_count, table_width;
-};
-
 static int padded(int size, int to) { return (size + to - 1) / to * to; }
-
-class Runner {
-  public:
-    virtual ~Runner() = default;
-    virtual void step(const Step& step) = 0;
-};
 
 template <class E>
 class TypedRunner : public Runner {
     using T = typename E::T;
+    using X = typename E::X;
 
   public:
     explicit TypedRunner(const Model& model)
@@ -83,9 +54,8 @@ class TypedRunner : public Runner {
         finish(last, s->chosen_rows, s->chosen_count, ending.data());
         rows_each(s->chosen_count, [this](int i) { norm(&ending[(size_t)i * wide], m.final_norm, i); });
         linear(matrix(m.output, nullptr, vocab_wide, m.hidden), normed.data(), wide, s->chosen_count,
-               [this](int row, int panel, vec* sums) {
-                   float* to = &logits[(size_t)row * vocab_wide + panel * PANEL];
-                   for (int c = 0; c < 4; ++c) store(to + c * LANES, sums[c]);
+               [this](int row, int panel, const float* sums) {
+                   memcpy(&logits[(size_t)row * vocab_wide + panel * PANEL], sums, PANEL * sizeof *sums);
                });
         pool.each(s->chosen_count, [this](int i) {
             choose(&logits[(size_t)i * vocab_wide], m.vocab_size, s->sampling[s->sampling_slots[i]],
@@ -97,9 +67,8 @@ class TypedRunner : public Runner {
     void fill_cache(const Layer& layer) {
         rows_each(s->rows, [&](int row) { norm(&residual[(size_t)row * wide], layer.input_norm, row); });
         linear(matrix(layer.qkv, layer.qkv_bias, qkv_wide, m.hidden), normed.data(), wide, s->rows,
-               [this](int row, int panel, vec* sums) {
-                   float* to = &fused[(size_t)row * qkv_wide + panel * PANEL];
-                   for (int c = 0; c < 4; ++c) store(to + c * LANES, sums[c]);
+               [this](int row, int panel, const float* sums) {
+                   memcpy(&fused[(size_t)row * qkv_wide + panel * PANEL], sums, PANEL * sizeof *sums);
                });
         rows_each(s->rows, [&](int row) {
             // What this thread most likely comes to next.
@@ -112,23 +81,23 @@ class TypedRunner : public Runner {
     // residual stream goes on in rows [0, count) of `stream`.
     void finish(const Layer& layer, const int32_t* picked, int count, float* stream) {
         linear(matrix(layer.o, layer.o_bias, wide, query_width), mixed.data(), q_wide, count,
-               [&](int row, int panel, vec* sums) {
+               [&](int row, int panel, const float* sums) {
                    const float* from = &residual[(size_t)(picked ? picked[row] : row) * wide];
-                   add(from + panel * PANEL, stream + (size_t)row * wide + panel * PANEL, sums);
+                   add(from + panel * PANEL, sums, stream + (size_t)row * wide + panel * PANEL);
                });
         rows_each(count, [&](int row) { norm(stream + (size_t)row * wide, layer.post_norm, row); });
         linear(matrix(layer.gate_up, layer.gate_up_bias, 2 * inner, m.hidden), normed.data(), wide, count,
-               [this](int row, int panel, vec* sums) {
-                   T* to = &acted[(size_t)row * inner + panel * (PANEL / 2)];
-                   for (int c = 0; c < 2; ++c) {
-                       const vec gate = sums[c];
-                       E::write(to + c * LANES, gate / (exponential(-gate) + 1.0f) * sums[c + 2]);
+               [this](int row, int panel, const float* sums) {
+                   X* to = &acted[(size_t)row * inner + panel * (PANEL / 2)];
+                   for (int i = 0; i < PANEL / 2; i += LANES) {
+                       const vec gate = load(sums + i), up = load(sums + PANEL / 2 + i);
+                       E::write(to + i, gate / (exponential(-gate) + 1.0f) * up);
                    }
                });
         linear(matrix(layer.down, layer.down_bias, wide, m.intermediate), acted.data(), inner, count,
-               [&](int row, int panel, vec* sums) {
+               [&](int row, int panel, const float* sums) {
                    float* to = stream + (size_t)row * wide + panel * PANEL;
-                   add(to, to, sums);
+                   add(to, sums, to);
                });
     }
 
@@ -145,7 +114,7 @@ class TypedRunner : public Runner {
     }
 
     template <class Emit>
-    void linear(const Matrix<E>& matrix, const T* x, int stride, int rows, const Emit& emit) {
+    void linear(const Matrix<E>& matrix, const X* x, int stride, int rows, const Emit& emit) {
         if (rows == 0) return;
         const int chunk = chunk_of<E>(rows, matrix.panels, m.threads);
         const int chunks = (rows + chunk - 1) / chunk;
@@ -165,7 +134,7 @@ class TypedRunner : public Runner {
             return;
         }
         const int inputs = padded(m.hidden, E::PER);
-        const T* from = (const T*)m.output + (size_t)(id / PANEL) * inputs * PANEL + id % PANEL * E::PER;
+        const T* from = (const T*)m.output + (size_t)(id / PANEL) * inputs * PANEL + E::place(id % PANEL) * E::PER;
         for (int i = 0; i < m.hidden; i += E::PER, from += PANEL * E::PER)
             for (int j = 0; j < E::PER; ++j) to[i + j] = E::number(from[j]);
     }
@@ -178,14 +147,10 @@ class TypedRunner : public Runner {
 
     // RMSNorm of a row of the residual stream, into row `to` of `normed`.
     void norm(const float* x, const float* weight, int to) {
-        T* out = &normed[(size_t)to * wide];
+        X* out = &normed[(size_t)to * wide];
         const float scale = scale_of(x, m.hidden, m.norm_eps);
         for (int i = 0; i < m.hidden; i += LANES)
             E::write(out + i, load(x + i) * scale * load(weight + i));
-    }
-
-    static void add(const float* from, float* to, const vec* sums) {
-        for (int c = 0; c < 4; ++c) store(to + c * LANES, load(from + c * LANES) + sums[c]);
     }
 
     // Turns one head by its position's angles, after its norm if it has one.
@@ -214,15 +179,19 @@ class TypedRunner : public Runner {
 
     // Where a row's keys and values will be written: many cache lines, far apart.
     void fetch_cache(const Layer& layer, int row) const {
-        const int position = s->positions[row], size = m.head_dim, place = position % BLOCK;
-        const int block = table_of(row)[position / BLOCK];
-        const T* keys = (const T*)layer.cache + (size_t)block * m.kv_heads * 2 * BLOCK * size;
-        for (int h = 0; h < m.kv_heads; ++h, keys += 2 * BLOCK * size) {
-            for (int i = 0; i < size; i += E::PER)
-                __builtin_prefetch(keys + i * BLOCK + place * E::PER, 1);
-            const T* values = keys + BLOCK * size + (size_t)(place / E::PER) * size * E::PER;
-            for (size_t i = 0; i < size * E::PER; i += 64 / sizeof(T)) __builtin_prefetch(values + i, 1);
+        const int size = m.head_dim, place = s->positions[row] % BLOCK, key = E::place(place) * E::PER;
+        const T* keys = cache_of(layer, row);
+        for (int h = 0; h < m.kv_heads; ++h, keys += head_of<E>(size)) {
+            for (int i = 0; i < size; i += E::PER) __builtin_prefetch(keys + i * BLOCK + key, 1);
+            const T* values = keys + BLOCK * size + (size_t)(place / E::PER) * width_of<E>(size) * E::PER;
+            for (size_t i = 0; i < (size_t)size * E::PER; i += 64 / sizeof(T)) __builtin_prefetch(values + i, 1);
         }
+    }
+
+    // The block of the cache that a row's position is in.
+    T* cache_of(const Layer& layer, int row) const {
+        const int block = table_of(row)[s->positions[row] / BLOCK];
+        return (T*)layer.cache + (size_t)block * m.kv_heads * head_of<E>(m.head_dim);
     }
 
     // A row's queries, turned and scaled; its keys and values, into the cache.
@@ -232,24 +201,23 @@ class TypedRunner : public Runner {
         const float by = 1.0f / sqrtf((float)size);
         for (int h = 0; h < m.heads; ++h) {
             turn(from + h * size, layer.q_norm, position, by);
-            T* to = &queries[(size_t)row * q_wide + h * size];
+            X* to = &queries[(size_t)row * q_wide + h * size];
             for (int i = 0; i < size; i += LANES) E::write(to + i, load(from + h * size + i));
         }
-        const int block = table_of(row)[position / BLOCK];
-        const int place = position % BLOCK;
+        const int place = position % BLOCK, column = E::place(place) * E::PER;
         // A pair of values is read whole: what stands beside the last one must be a number.
         const bool clear = E::PER == 2 && place % 2 == 0 && s->lasts[row];
-        for (int h = 0; h < m.kv_heads; ++h) {
+        T* keys = cache_of(layer, row);
+        for (int h = 0; h < m.kv_heads; ++h, keys += head_of<E>(size)) {
             float* key = from + query_width + h * size;
             const float* value = from + query_width + kv_width + h * size;
             turn(key, layer.k_norm, position, 1.0f);
-            T* keys = (T*)layer.cache + ((size_t)block * m.kv_heads + h) * 2 * BLOCK * size;
-            T* values = keys + BLOCK * size + (size_t)(place / E::PER) * size * E::PER;
+            T* values = keys + BLOCK * size + (size_t)(place / E::PER) * width_of<E>(size) * E::PER;
             alignas(64) T rounded[MAX_HEAD_DIM];
-            for (int i = 0; i < size; i += LANES) E::write(rounded + i, load(key + i));
+            for (int i = 0; i < size; i += LANES) E::round(rounded + i, load(key + i));
             for (int i = 0; i < size; i += E::PER)
-                memcpy(keys + i * BLOCK + place * E::PER, rounded + i, E::PER * sizeof(T));
-            for (int i = 0; i < size; i += LANES) E::write(rounded + i, load(value + i));
+                memcpy(keys + i * BLOCK + column, rounded + i, E::PER * sizeof(T));
+            for (int i = 0; i < size; i += LANES) E::round(rounded + i, load(value + i));
             put_values(values, rounded, place % E::PER, clear);
         }
     }
@@ -257,9 +225,9 @@ class TypedRunner : public Runner {
     // One of the PER values that stand side by side. The others may be another thread's at this very
     // moment, so they are not read and written back.
     void put_values(T* to, const T* from, int part, bool clear) const {
-        for (int i = 0; i < m.head_dim; ++i) to[i * E::PER + part] = from[i];
+        for (int i = 0; i < m.head_dim; ++i) to[E::place(i) * E::PER + part] = from[i];
         if (clear)
-            for (int i = 0; i < m.head_dim; ++i) to[i * E::PER + 1] = 0;
+            for (int i = 0; i < m.head_dim; ++i) to[E::place(i) * E::PER + 1] = 0;
     }
 
     // Of `count` rows, those at `picked` or the first ones, into rows [0, count) of `mixed`.
@@ -290,10 +258,11 @@ class TypedRunner : public Runner {
     void attention_of(const Layer& layer, const int32_t* picked, int first, int last, bool more, int from,
                       int to) {
         static thread_local Lines<float> sums;
-        static thread_local std::vector<Query<E>> queries_of;
+        static thread_local Lines<Query<E>> queries_of;
         const int size = m.head_dim, group = m.heads / m.kv_heads, count = (last - first) * group;
         if (from >= to) return;
-        sums.resize((size_t)m.heads * std::max(1, QUERIES / group) * size);
+        const int width = width_of<E>(size);
+        sums.resize((size_t)m.heads * std::max(1, QUERIES / group) * width);
         queries_of.resize((size_t)m.heads * std::max(1, QUERIES / group));
         int n = 0;
         for (int head = from; head < to; ++head)
@@ -304,65 +273,35 @@ class TypedRunner : public Runner {
                     query.vector = &queries[(size_t)row * q_wide + h * size];
                     query.table = table_of(row);
                     query.keys = s->positions[row] + 1;
-                    query.sum = &sums[(size_t)n * size];
+                    query.sum = &sums[(size_t)n * width];
                     query.out = &mixed[(size_t)i * q_wide + h * size];
                 }
-        const size_t stride = (size_t)m.kv_heads * 2 * BLOCK * size;
-        const T* cache = (const T*)layer.cache + (size_t)from * 2 * BLOCK * size;
+        const size_t stride = m.kv_heads * head_of<E>(size);
+        const T* cache = (const T*)layer.cache + from * head_of<E>(size);
         const T* after = more ? cache + table_of(picked ? picked[last] : last)[0] * stride : nullptr;
         attend_all<E>(queries_of.data(), to - from, count, cache, stride, size, after);
     }
 
     Model m;
     Pool pool;
-    std::vector<Layer> layers;
+    Lines<Layer> layers;
     const int query_width, kv_width, wide, qkv_wide, q_wide, inner, vocab_wide;
     Lines<float> residual, ending, fused, logits;
-    Lines<T> normed, queries, mixed, acted;
-    std::vector<Scratch> scratch;
+    Lines<X> normed, queries, mixed, acted;
+    Lines<Scratch> scratch;
     const Step* s = nullptr;
 };
 
+// What is known of a kind of numbers, for `runner.h`.
+template <class E>
+constexpr Kind kind_of() {
+    using T = typename E::T;
+    return {LEVEL, PANEL, BLOCK, E::PER,
+            [](const Model& model) -> Runner* { return new TypedRunner<E>(model); },
+            [](const void* from, int outputs, int inputs, void* to) {
+                pack<E>((const T*)from, outputs, inputs, (T*)to);
+            },
+            [](int head_dim) { return head_of<E>(head_dim) * sizeof(T); }};
+}
+
 }  // namespace nightherd
-
-extern "C" {
-
-void* nightherd_create(const nightherd::Model* model) {
-    try {
-        if (model->bfloat16) return new nightherd::TypedRunner<nightherd::BFloat16>(*model);
-        return new nightherd::TypedRunner<nightherd::Float32>(*model);
-    } catch (...) {
-        return nullptr;  // no memory, or no threads
-    }
-}
-
-// 0 if all went well, 1 if memory ran out.
-int nightherd_step(void* runner, const nightherd::Step* step) {
-    try {
-        ((nightherd::Runner*)runner)->step(*step);
-        return 0;
-    } catch (...) {
-        return 1;
-    }
-}
-
-// Chooses from one row of logits, as a step does with what it computed; 1 if memory ran out.
-int nightherd_choose(float* logits, int size, const nightherd::Sampling* row, nightherd::Chosen* out) {
-    try {
-        nightherd::Scratch scratch;
-        nightherd::choose(logits, size, *row, scratch, *out);
-        return 0;
-    } catch (...) {
-        return 1;
-    }
-}
-
-void nightherd_destroy(void* runner) { delete (nightherd::Runner*)runner; }
-
-// So that the Python side can check that both see the same structures.
-int nightherd_sizes(int which) {
-    const int sizes[] = {sizeof(nightherd::Layer), sizeof(nightherd::Model), sizeof(nightherd::Step),
-                         sizeof(nightherd::Sampling), sizeof(nightherd::Chosen), nightherd::BLOCK};
-    return sizes[which];
-}
-}

@@ -1,0 +1,3 @@
+#include "step.h"
+
+const nightherd::Kind nightherd::BFLOAT16 = nightherd::kind_of<nightherd::BFloat16>();

@@ -1,0 +1,25 @@
+"""The C kernels of a worker with these settings."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from nightherd.settings import Settings
+from worker.engine.cpu_compile import Kernels
+
+
+def kernel_folder(settings: Settings) -> Path:
+    """The cache folder, or the data folder where that cannot be written."""
+    folder = settings.cache / "kernels"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder if os.access(folder, os.W_OK) else settings.home / "kernels"
+
+
+def kernels_of(settings: Settings) -> Kernels | None:
+    """The C kernels that a worker here would use on a CPU; None where another engine is asked for."""
+    if settings.engine not in ("auto", "kernels"):
+        return None
+    return Kernels.here(kernel_folder(settings), settings.cpu_level)
