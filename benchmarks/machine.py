@@ -1,18 +1,23 @@
-"""Children with a time limit, and how busy the machine is with other things."""
+"""Children with a time limit that end with us, and how busy the machine is with other things."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 QUIET = 0.3
 """Cores' worth of other processes that a measurement bears."""
-_KILL_AFTER = 10.0
+_TETHER = (sys.executable, "-IS", str(Path(__file__).resolve().parent / "tether.py"))
+_ENDING = 10.0
+"""Seconds that the end of killed processes may take; a card's take longest."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -51,13 +56,42 @@ def wait_until_quiet(patience: float) -> float:
     return use
 
 
+class Interrupted(SystemExit):
+    """A signal asks for the end; the exit code is that of a shell."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self._name = signal.Signals(number).name
+
+    def __str__(self) -> str:
+        return self._name
+
+
+def end_in_order() -> None:
+    """From now on the first of `_SIGNALS` raises `Interrupted`, and more of them do nothing.
+
+    More do come: `timeout` sends its signal to the process, then to its group. What was ignored
+    from the start, as under `nohup`, stays so.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+
+
 def run(command: list[str], environment: Mapping[str, str], log: Path, limit: float) -> Ended:
-    """Runs a child in a session of its own; all of it is ended when the time is over."""
+    """Runs a child in a session of its own; all of it is ended when the time is over, or when this
+    process ends, in whatever way."""
     before, started, own = busy_seconds(), time.monotonic(), _children()
     with log.open("ab") as output:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
+        tether = subprocess.Popen(
+            [*_TETHER, *command],
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=dict(environment),
@@ -65,11 +99,11 @@ def run(command: list[str], environment: Mapping[str, str], log: Path, limit: fl
         )
     code: int | None
     try:
-        code = child.wait(limit)
+        code = tether.wait(limit)
     except subprocess.TimeoutExpired:
         code = None
     finally:
-        _end(child)
+        _end(tether)
     seconds = time.monotonic() - started
     used = _children() - own
     return Ended(code, seconds, max(0.0, (busy_seconds() - before - used) / seconds))
@@ -80,15 +114,17 @@ def _children() -> float:
     return times.children_user + times.children_system
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """Ends a child and whatever it has left in its process group, which is its own."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+def _end(tether: subprocess.Popen[bytes]) -> None:
+    """Ends a tether and all below it: at once, as nothing that they would still do is of use."""
+    if tether.stdin is not None:
+        tether.stdin.close()
+    try:
+        code = tether.wait(_ENDING)
+    except subprocess.TimeoutExpired:
+        code = -signal.SIGKILL
+    if code < 0:  # the tether itself was killed: by us, or when memory ran out
         try:
-            os.killpg(child.pid, number)
+            os.killpg(tether.pid, signal.SIGKILL)
         except ProcessLookupError:
-            break
-        try:
-            child.wait(_KILL_AFTER)
-        except subprocess.TimeoutExpired:
-            continue
-    child.wait(_KILL_AFTER)
+            pass
+        tether.wait(_ENDING)

@@ -19,7 +19,7 @@ def kernel_folder(settings: Settings) -> Path:
 
 
 def kernels_of(settings: Settings) -> Kernels | None:
-    """The C kernels that a worker here would use on a CPU; None where another engine is asked for."""
+    """Those that a worker here would use on a CPU; None where another engine is asked for."""
     if settings.engine not in ("auto", "kernels"):
         return None
     return Kernels.here(kernel_folder(settings), settings.cpu_level)

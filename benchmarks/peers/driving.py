@@ -7,6 +7,7 @@ answers all requests as fast as it can, and writes the task's `result` file.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -121,13 +122,12 @@ def task() -> Task:
 
 def _peak() -> int:
     """The peaks of resident memory of this process and of all below it, added up."""
-    waiting, total = ["self"], 0
-    while waiting:
-        process = Path("/proc") / waiting.pop()
+    from tether import below
+
+    total = 0
+    for process in (os.getpid(), *below(os.getpid())):
         try:
-            status = (process / "status").read_text()
-            for thread in (process / "task").iterdir():
-                waiting += (thread / "children").read_text().split()
+            status = Path(f"/proc/{process}/status").read_text()
         except OSError:  # it has just ended
             continue
         for line in status.splitlines():

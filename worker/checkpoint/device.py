@@ -61,8 +61,8 @@ def resolve_dtype(
 ) -> torch.dtype:
     """`auto` is bfloat16 where the device computes in it, else float32.
 
-    A CPU's C kernels also widen bfloat16 as fast as they compute in float32: so a checkpoint that is
-    stored in it (`bfloat16`) stays so where they are to be had; plain torch is many times slower.
+    A CPU's C kernels widen bfloat16 as fast as they compute in float32: so a checkpoint that is
+    stored in it (`bfloat16`) stays so where they can be had; plain torch is many times slower.
     Raises `CheckpointError` for an unknown name.
     """
     if dtype == "auto":
@@ -75,9 +75,9 @@ def resolve_dtype(
 
 
 def computes_in_bfloat16(device: torch.device, kernels: Kernels | None = None) -> bool:
-    """Whether a device, or torch on a CPU as far as its level goes, has instructions for bfloat16."""
+    """Whether a device, a CPU as far as its level goes, has instructions for bfloat16."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if x86():
         return (kernels.level if kernels else cpu_level()) == "avx512bf16"
     return bool(_cpu_capabilities().get("sve_bf16"))

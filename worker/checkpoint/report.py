@@ -104,8 +104,9 @@ def check(
 ) -> Report:
     """Looks at a checkpoint by its key; never raises `CheckpointError`, the report carries them.
 
-    `home` is the data folder; `kernels` those that a worker here would use on a CPU. `sequences` as long as the context must fit into the memory; by
-    default only the weights must, and what does not fit of one sequence is a note.
+    `home` is the data folder; `kernels` are those that a worker here would use on a CPU.
+    `sequences` as long as the context must fit into the memory; by default only the weights must,
+    and what does not fit of one sequence is a note.
     """
     report = Report(key)
     try:

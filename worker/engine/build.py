@@ -115,7 +115,6 @@ def _batch_engine(
     options: EngineOptions,
 ) -> BatchEngine:
     shape = shape_of(model)
-    dtype = embedding(model).dtype
     on_cpu = device.type == "cpu"
     sequences = options.max_batch or (_CPU_SEQUENCES if on_cpu else _CUDA_SEQUENCES)
     budget = max(sequences, options.budget or (_CPU_BUDGET if on_cpu else _CUDA_BUDGET))

@@ -43,8 +43,8 @@ _AT_ONCE = 2
 """Files that are compiled side by side, where there are cores: each takes up to 270 MB."""
 _POLL_SECONDS = 0.02
 _GROUP = 'exec 3<&0; { cat <&3 >/dev/null; kill -KILL 0; } & exec 3<&-; exec "$@" </dev/null'
-"""A command in whose process group somebody ends the group once its standard input closes: when this
-process has ended, however it did."""
+"""A command in whose process group somebody ends the group once its standard input closes: when
+this process has ended, however it did."""
 
 
 class LibraryError(Exception):
@@ -219,8 +219,8 @@ def _build(compiler: Compiler, level: Level, folder: Path) -> Path:
     environment = {**os.environ, "TMPDIR": str(folder)}
     link = [*command, "-shared", *map(str, objects), "-o", str(made)]
     if compiler.zig:
-        # Its own C++ library would have to be compiled first, for a minute: the system's does, which
-        # torch needs too.
+        # Its own C++ library would have to be compiled first, for a minute: the system's does,
+        # which torch needs too.
         environment |= {name: str(folder / "zig") for name in _ZIG_CACHES}
         libraries = map(str, _system_libraries())
         link = [*compiler.command, "ld.lld", "-shared", *map(str, objects), *libraries]

@@ -1,7 +1,7 @@
 """Which instructions of a CPU the kernels are compiled for.
 
-Each level is compiled by its own flags, not by `-march=native`: a library runs on every CPU that has
-its level, and any level that a machine has can be tried there.
+Each level is compiled by its own flags, not by `-march=native`: a library runs on every CPU that
+has its level, and any level that a machine has can be tried there.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""The C kernels as Python sees them: their structures, and the library, called by ctypes, which drops
-the GIL."""
+"""The C kernels as Python sees them: structures, and the library.
+
+ctypes calls it, which drops the GIL.
+"""
 
 from __future__ import annotations
 

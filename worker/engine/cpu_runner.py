@@ -75,7 +75,7 @@ class CpuRunner:
         model is touched, and `MemoryError`."""
         self.shape = check_model(model)
         self._library = load_library(kernels)
-        self._dtype = dtype = weights.embedding(model).dtype
+        self._dtype = weights.embedding(model).dtype
         self._panel = int(self._library.nightherd_panel())
         self.num_blocks = num_blocks
         self.vocab_size = min(vocab_size, self.shape.vocab_rows)
