@@ -11,7 +11,7 @@ import torch
 
 from nightherd.errors import CheckpointError
 from worker.engine.cpu_compile import Kernels
-from worker.engine.cpu_level import cpu_level, x86
+from worker.engine.cpu_level import cpu_level, machine_level, suited_level, x86
 
 _DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -79,7 +79,9 @@ def computes_in_bfloat16(device: torch.device, kernels: Kernels | None = None) -
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if x86():
-        return (kernels.level if kernels else cpu_level()) == "avx512bf16"
+        level = kernels.level if kernels else cpu_level()
+        # Not the best where a lower one is asked for, with which the machine is to be a lesser one.
+        return machine_level() == "avx512bf16" and level in ("avx512bf16", suited_level())
     return bool(_cpu_capabilities().get("sve_bf16"))
 
 

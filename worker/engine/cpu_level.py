@@ -19,6 +19,7 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 
 VARIABLE = "NIGHTHERD_CPU_LEVEL"
 
+_CPUINFO = Path("/proc/cpuinfo")
 _AVX2 = ("avx2", "fma")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
 FEATURES: Mapping[Level, tuple[str, ...]] = {
@@ -33,38 +34,53 @@ _IN_CPUINFO = {"avx512bf16": "avx512_bf16"}
 """Where Linux has another name."""
 
 
-def cpu_level(cap: Level | None = None) -> Level:
-    """The best level that this machine has, or `cap` where that is lower; without one
-    `NIGHTHERD_CPU_LEVEL` is asked."""
-    asked = cap or os.environ.get(VARIABLE) or LEVELS[0]
+def cpu_level(asked: Level | None = None) -> Level:
+    """The fastest level of this machine; or what is asked for, here or by `NIGHTHERD_CPU_LEVEL`,
+    as far as the machine has it."""
+    wanted = asked or os.environ.get(VARIABLE)
+    for level in LEVELS:
+        if level == wanted:
+            return max(machine_level(), level, key=LEVELS.index)
+    return suited_level()
+
+
+def suited_level() -> Level:
+    """The fastest level of this machine."""
     best = machine_level()
-    known = [level for level in LEVELS if level == asked]
-    return max([best, *known], key=LEVELS.index)
+    # Intel's take two cycles for a product of bfloat16 pairs, where two FMAs take one: to widen
+    # bfloat16 is faster by a third (docs/benchmarks.md).
+    return "avx512" if best == "avx512bf16" and _vendor() == "GenuineIntel" else best
 
 
-def machine_level(cpuinfo: Path = Path("/proc/cpuinfo")) -> Level:
+def machine_level(cpuinfo: Path = _CPUINFO) -> Level:
     """The best level of this machine; `cpuinfo` is for tests."""
-    flags = _flags(cpuinfo)
+    flags = set(_line("flags", cpuinfo).split())
     for level in LEVELS:
         if {_IN_CPUINFO.get(name, name) for name in FEATURES[level]} <= flags:
             return level
     return "plain"
 
 
+def _vendor(cpuinfo: Path = _CPUINFO) -> str:
+    return _line("vendor_id", cpuinfo)
+
+
 def levels_here() -> tuple[Level, ...]:
-    """All levels that this machine has, up to the cap."""
-    return LEVELS[LEVELS.index(cpu_level()) :]
+    """All levels that this machine has, up to what is asked for."""
+    wanted = os.environ.get(VARIABLE)
+    best = cpu_level() if wanted else machine_level()
+    return LEVELS[LEVELS.index(best) :]
 
 
 def x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
-def _flags(cpuinfo: Path) -> set[str]:
-    """Of the first processor, without those that the operating system does not support."""
+def _line(name: str, cpuinfo: Path) -> str:
+    """What Linux says of the first processor; flags are those that it supports itself."""
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
-        return set()
-    found = (line.partition(":")[2] for line in lines if line.startswith("flags"))
-    return set(next(found, "").split())
+        return ""
+    found = (line.partition(":")[2].strip() for line in lines if line.startswith(name))
+    return next(found, "")

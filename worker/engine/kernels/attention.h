@@ -47,7 +47,7 @@ static inline size_t head_of(int head_dim) {
 }
 
 static inline void fetch(const void* from, int bytes) {
-    for (int at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)from + at);
+    for (int at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)from + at, 0, FETCH_INTO);
 }
 
 // The products of N queries with C vectors of keys, from number `first` on, into `scores`.
@@ -55,13 +55,17 @@ template <class E, int N, int C>
 static inline void score(const Query<E>* queries, const typename E::T* keys, int size, int first,
                          const typename E::T* next, float (&scores)[N][BLOCK]) {
     vec sums[N][C];
+#pragma GCC unroll 6
     for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
         for (int c = 0; c < C; ++c) sums[n][c] = vec{};
     for (int i = 0; i < size; i += E::PER) {
         if (next) fetch(next + i * BLOCK, BLOCK * E::PER * sizeof(typename E::T));
         multiply<E>(sums, [&](int n) { return queries[n].vector + i; }, keys + i * BLOCK, first);
     }
+#pragma GCC unroll 6
     for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
         for (int c = 0; c < C; ++c) store(&scores[n][(first + c) * LANES], sums[n][c]);
 }
 
@@ -72,7 +76,9 @@ static inline void gather(Query<E>* queries, const typename E::T* values, int wi
                           const typename E::T* next) {
     constexpr int WIDE = C * LANES * E::PER * sizeof(typename E::T);
     vec sums[N][C];
+#pragma GCC unroll 6
     for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
         for (int c = 0; c < C; ++c) sums[n][c] = load(queries[n].sum + first + c * LANES) * fade[n];
     const auto* row = values + first * E::PER;
     if (first * E::PER * sizeof(typename E::T) % 64) next = nullptr;  // it has the line already
@@ -80,7 +86,9 @@ static inline void gather(Query<E>* queries, const typename E::T* values, int wi
         if (next) fetch(next + (row - values), WIDE);
         multiply<E>(sums, [&](int n) { return shares[n] + j; }, row);
     }
+#pragma GCC unroll 6
     for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
         for (int c = 0; c < C; ++c) store(queries[n].sum + first + c * LANES, sums[n][c]);
 }
 
