@@ -8,7 +8,7 @@ DEMO_RESULTS := build/demo-results.jsonl
 comma := ,
 # Tests that neither measure time nor need both cores run side by side.
 SIDE_BY_SIDE := tests/commands tests/faults tests/migrations tests/models tests/nightherd tests/producer \
-	tests/acceptance/test_main_job.py tests/test_compose.py tests/test_docs.py tests/test_gpu_scripts.py \
+	tests/acceptance/test_main_job.py tests/test_benchmarks.py tests/test_compose.py tests/test_docs.py tests/test_gpu_scripts.py \
 	tests/worker/engine/cuda tests/worker/engine/test_ahead.py tests/worker/engine/test_linears.py \
 	tests/worker/engine/test_noise.py tests/worker/engine/test_sampler.py \
 	tests/worker/engine/test_scheduler.py tests/worker/test_checkpoint.py tests/worker/test_convert.py \
@@ -26,7 +26,7 @@ define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'nightherd needs Python 3.11 or newer: make PYTHON=/path/to/python3.11'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --no-compile -c constraints.txt -e '.[$(1)]'
+	$(PIP) install --no-compile -c constraints.txt -e '.[$(1)]'
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # some templates are no Python
 endef
 
@@ -54,7 +54,9 @@ lint: $(VENV)/.dev  ## ruff, mypy --strict, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The C kernels of all levels of this machine, once, where all tests find them.
 test: lint  ## Everything that must pass: lint and all tests
+	$(BIN)/python -P -m tests.kernels
 	$(BIN)/python -P -m pytest -n 2 --dist worksteal $(SIDE_BY_SIDE)
 	$(BIN)/python -P -m pytest $(SIDE_BY_SIDE:%=--ignore=%)
 

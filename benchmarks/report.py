@@ -55,11 +55,15 @@ def report(
     best = max(peers, key=peers.__getitem__, default=None)
     ours = speeds.get(OURS)
     level = given.level or levels.of_this_cpu()
+    # The best of a moment is not what a virtual machine keeps up.
+    kept = [rate["sustained_flops"] for rate in rates if "sustained_flops" in rate]
+    sustained = statistics.mean(kept) if kept else None
     what = f"{given.shape} {given.workload} {given.dtype} {given.device}"
     print(
         f"{what}, {len(requests)} requests, {tokens:,} tokens, {given.threads} threads, "
         f"level {level}; ceiling {ceiling:,.0f} tokens/s at {matrix_flops / 1e9:,.0f} GFLOP/s in "
         f"{best_rates['matrix_dtype']}"
+        + (f" ({sustained / 1e9:,.0f} over some seconds)" if sustained else "")
         + "".join(
             f" and a copy of {rate / 1e9:,.0f} GB/s"
             for name, rate in best_rates.items()
@@ -98,6 +102,9 @@ def report(
         "ceiling": ceiling,
         "matrix_dtype": best_rates["matrix_dtype"],
         "share_of_ceiling": None if ours is None else ours / ceiling,
+        "share_of_sustained": None
+        if ours is None or sustained is None
+        else ours / ceiling * matrix_flops / sustained,
         "limits": rates,
         "random_weights": given.random,
         "disturbed_runs": noisy,

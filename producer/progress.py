@@ -25,13 +25,14 @@ def follow(
     *,
     poll_seconds: float = 0.5,
     on_poll: Callable[[JobView], None] | None = None,
+    starting: Callable[[], str] = lambda: "",
 ) -> JobView:
     """Waits until the job has ended and returns its last view; patient with the database.
 
     The bar appears on standard error if that is a terminal. `on_poll` is called with each view and
-    may raise to end the waiting.
+    may raise to end the waiting; `starting` says what a worker that starts does just now.
     """
-    bar = _Bar() if sys.stderr.isatty() else None
+    bar = _Bar(starting) if sys.stderr.isatty() else None
     try:
         while True:
             view = database.retrying(
@@ -52,7 +53,7 @@ def follow(
 class _Bar:
     """One line that is drawn anew: bar, counts, speed, time left."""
 
-    def __init__(self) -> None:
+    def __init__(self, starting: Callable[[], str]) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -64,6 +65,8 @@ class _Bar:
             console=Console(stderr=True),
         )
         self._task: Any = None
+        self._starting = starting
+        self._began = time.monotonic()
         self._seen: list[tuple[float, int]] = []
 
     def show(self, view: JobView) -> None:
@@ -91,10 +94,14 @@ class _Bar:
                 left = view.pending * (view.completion_tokens / view.done) / rate
                 parts.append(f"{left:,.0f} s left")
         if view.open and not view.workers_serving:
-            parts.append("waiting for a worker")
+            parts.append(f"waiting for a worker, {self._waited()}")
         elif view.open and not view.workers and not view.done:
-            parts.append("worker starting")
+            does = self._starting()
+            parts.append(f"worker starting, {self._waited()}" + (f": {does}" if does else ""))
         return ", ".join(parts)
+
+    def _waited(self) -> str:
+        return f"{time.monotonic() - self._began:,.0f} s"
 
     def _own_rate(self, view: JobView) -> float:
         """Tokens per second between polls, until the workers have reported theirs."""

@@ -128,6 +128,26 @@ def matrix_rate(
     return best
 
 
+@torch.inference_mode()
+def sustained_rate(
+    matrices: Iterable[tuple[int, int]], dtype: torch.dtype, device: torch.device, seconds: float
+) -> float:
+    """FLOP a second of all these matrices in turn, each by its fastest product, over so many
+    seconds: what is left of `matrix_rate` while a machine's clock and its neighbours vary."""
+    chosen = []
+    for inputs, outputs in matrices:
+        x = torch.randn(_ROWS[-1], inputs, device=device).to(dtype)
+        weight = torch.randn(outputs, inputs, device=device).to(dtype)
+        product = min(_products(x, weight), key=lambda product: _time(product, device, 0.02))
+        chosen.append((2 * len(x) * inputs * outputs, product))
+    done, started = 0, time.perf_counter()
+    while time.perf_counter() < started + seconds:
+        for flop, product in chosen:
+            product()
+            done += flop
+    return done / (time.perf_counter() - started)
+
+
 def _products(x: torch.Tensor, weight: torch.Tensor) -> Iterator[Callable[[], object]]:
     """The ways to multiply rows with a matrix [outputs, inputs] that may be the fastest."""
     yield lambda: torch.mm(x, weight.t())

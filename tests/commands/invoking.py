@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.kernels import CACHE
+
 NIGHTHERD = [sys.executable, "-P", "-c", "from nightherd.cli import main; main()"]
 """The console script's own line, so that the tests need no particular PATH."""
 
@@ -60,10 +62,6 @@ class CommandLine:
             )
 
 
-KERNELS = Path(__file__).resolve().parents[2] / "build" / "tests"
-"""Where all tests keep compiled kernels: a new home for each would compile them each time."""
-
-
 def environment(home: Path, **settings: object) -> dict[str, str]:
     """The tests' environment without a HOME of the developer's, with short times."""
     kept = {
@@ -73,7 +71,7 @@ def environment(home: Path, **settings: object) -> dict[str, str]:
     }
     short = {
         "home": home / "data",
-        "cache": KERNELS,
+        "cache": CACHE,
         "lease_seconds": 2,
         "renew_seconds": 0.4,
         "tick_seconds": 0.5,

@@ -1,4 +1,4 @@
-"""What doctor sees of a machine: control groups, disks, compiler, software."""
+"""What doctor sees of a machine: control groups, disks, software."""
 
 from __future__ import annotations
 
@@ -162,22 +162,6 @@ def test_sqlite_on_a_network_disk(
 ) -> None:
     monkeypatch.setattr(machine, "filesystem", lambda _path: "nfs4")
     assert [found.level for found in machine.check_disk(make_settings())] == ["ok", "note", "ok"]
-
-
-def test_compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    (found,) = machine.check_compiler()
-    assert found.level == "note"
-    assert "g++" in str(found.remedy)
-    fake = tmp_path / "g++"
-    fake.write_text("#!/bin/sh\necho 'g++ 14.2'\n")
-    fake.chmod(0o755)
-    (found,) = machine.check_compiler()
-    assert (found.level, found.facts["version"]) == ("ok", "g++ 14.2")
-    fake.write_text("#!/bin/sh\nexit 3\n")
-    (found,) = machine.check_compiler()
-    assert found.level == "note"
 
 
 def test_a_missing_extra_says_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

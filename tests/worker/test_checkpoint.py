@@ -5,7 +5,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ from worker.checkpoint import (
 )
 from worker.checkpoint.cache import link, remember, snapshot, storage
 from worker.checkpoint.download import download, wanted_files
-from worker.checkpoint.files import meta_format
+from worker.checkpoint.files import Weights, meta_format
 from worker.checkpoint.hub import (
     HTTP_ERROR,
     RemoteFile,
@@ -40,6 +40,8 @@ from worker.checkpoint.hub import (
     clean,
     explain,
 )
+from worker.engine.cpu_compile import Failure, Kernels
+from worker.engine.cpu_level import Level
 
 
 @pytest.fixture(scope="module")
@@ -260,14 +262,41 @@ def test_loads_in_the_precision_asked_for(made: Path) -> None:
 
 
 def test_the_automatic_precision_is_what_the_cpu_computes_in(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu = torch.device("cpu")
-    for flags, dtype in (({"avx512_bf16": True}, torch.bfloat16), ({}, torch.float32)):
+    best: Level
+    # The machine, its kernels' level; whether the weights are bfloat16; whether there are kernels.
+    for best, level, stored, there, dtype in (
+        ("avx512bf16", "avx512bf16", False, True, torch.bfloat16),
+        ("avx512bf16", "avx512bf16", False, False, torch.bfloat16),
+        ("avx512bf16", "avx2", False, True, torch.float32),
+        ("avx2", "avx2", True, True, torch.bfloat16),
+        ("avx2", "avx2", False, True, torch.float32),
+        ("avx2", "avx2", True, False, torch.float32),
+        ("plain", "plain", True, True, torch.bfloat16),
+    ):
+        monkeypatch.setattr(device, "x86", lambda: True)
+        monkeypatch.setattr(device, "machine_level", lambda best=best: best)
+        monkeypatch.setattr(device, "suited_level", lambda best=best: best)
+        failure = None if there else Failure("no compiler")
+        monkeypatch.setattr(Kernels, "failure", lambda self, failure=failure: failure)
+        kernels = Kernels(tmp_path, cast(Level, level))
+        assert resolve_dtype("auto", cpu, bfloat16=stored, kernels=kernels) == dtype
+    # Another engine is asked for.
+    assert resolve_dtype("auto", cpu, bfloat16=True, kernels=None) == torch.float32
+    monkeypatch.setattr(device, "x86", lambda: False)
+    for flags, dtype in (({"sve_bf16": True}, torch.bfloat16), ({}, torch.float32)):
         monkeypatch.setattr(device, "_cpu_capabilities", lambda flags=flags: flags)
         assert resolve_dtype("auto", cpu) == dtype
     with pytest.raises(CheckpointError, match="'int3' is unknown"):
         resolve_dtype("int3", cpu)
+
+
+def test_weights_are_bfloat16_if_most_of_them_are() -> None:
+    assert Weights({"BF16": 100, "F32": 3}).bfloat16
+    assert not Weights({"BF16": 3, "F32": 100}).bfloat16
+    assert not Weights({}).bfloat16
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

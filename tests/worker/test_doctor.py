@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from nightherd.settings import Settings
 from tests.commands.invoking import CommandLine, environment
 from worker import doctor
-from worker.doctor import TorchProbe, check_checkpoint, check_device
+from worker.doctor import TorchProbe, check_checkpoint, check_compiler, check_device
 
 CARD = {
     "name": "cuda:0 NVIDIA H100",
@@ -48,6 +49,30 @@ def test_a_cpu() -> None:
 def test_a_cpu_that_has_no_bfloat16() -> None:
     (first, _) = check_device(facts({**ON_CPU, "dtype": "float32"}))
     assert "twice the memory" in first.what
+
+
+def test_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(home=tmp_path, cache=tmp_path / "cache", cpu_level="plain")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "ziglang", None)
+    (found,) = check_compiler(settings)
+    assert found.level == "note"
+    assert "g++" in str(found.remedy)
+    assert "nightherd[compiler]" in str(found.remedy)
+    fake = tmp_path / "g++"
+    fake.write_text("#!/bin/sh\necho 'g++ 14.2'\n")
+    fake.chmod(0o755)
+    (found,) = check_compiler(settings)
+    assert (found.level, found.facts["version"]) == ("ok", "g++ 14.2")
+    assert "level plain" in found.what
+    fake.write_text("#!/bin/sh\nexit 3\n")
+    (found,) = check_compiler(settings)
+    assert found.level == "note"
+    # Broken settings, which another check tells, are the defaults here.
+    assert check_compiler(None)[0].check == "compiler"
+    (found,) = check_compiler(settings.model_copy(update={"engine": "torch"}))
+    assert (found.level, "not needed" in found.what) == ("ok", True)
 
 
 def test_a_card_and_its_free_memory(nvidia_smi: Path) -> None:

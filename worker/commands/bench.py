@@ -34,7 +34,8 @@ _MAX_BATCH = 128
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-    help="Weights' type; auto: bfloat16 where the device computes in it, else float32.",
+    help="Weights' type; auto: bfloat16 where the device computes in it, or the checkpoint is "
+    "stored in it and a CPU has the C kernels; else float32.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads, on a CPU; a setting too.")
 @click.option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 _GOODBYE_SECONDS = 60.0
 _LOG_LINES = 5
+_KERNELS = re.compile(r" nightherd\.kernels: ((?:compiling|waiting).*)")
+"""A line of the log, while the C kernels are compiled."""
 
 
 @click.command()
@@ -100,7 +103,8 @@ def _follow(
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        return follow(database, view.id, poll_seconds=0.2, on_poll=on_poll)
+        starting = own.starting if own is not None else str
+        return follow(database, view.id, poll_seconds=0.2, on_poll=on_poll, starting=starting)
     except (KeyboardInterrupt, _Interrupted):
         if own is not None:
             notice("stopping; what has finished is being saved", always=True)
@@ -164,6 +168,14 @@ class _OwnWorker:
         reason = "its engine hung" if code == EXIT_HUNG else f"it was killed by signal {-code}"
         notice(f"the worker is gone, {reason}; starting another", always=True)
         self.start()
+
+    def starting(self) -> str:
+        """What takes it time before it has loaded, in its log's own words."""
+        with contextlib.suppress(OSError, IndexError):
+            last = self._log_path.read_text(errors="replace").splitlines()[-1]
+            found = _KERNELS.search(last)
+            return found[1] if found else ""
+        return ""
 
     def _last_words(self) -> str:
         lines = self._log_path.read_text(errors="replace").strip().splitlines()[-_LOG_LINES:]

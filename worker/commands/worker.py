@@ -42,7 +42,8 @@ class SizeOption(click.ParamType[int]):
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-    help="Weights' type; auto: bfloat16 where the device computes in it, else float32.",
+    help="Weights' type; auto: bfloat16 where the device computes in it, or the checkpoint is "
+    "stored in it and a CPU has the C kernels; else float32.",
 )
 @click.option(
     "--serve-as", multiple=True, metavar="NAME", help="Also take jobs submitted for this name."

@@ -172,7 +172,7 @@ def _known_failure(target: Path) -> Failure | None:
     try:
         fields = json.loads(path.read_text())
         return Failure(str(fields["reason"]), path, str(fields["output"]))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

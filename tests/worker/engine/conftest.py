@@ -10,10 +10,10 @@ from typing import Any, cast
 import pytest
 
 from tests.checkpoints import tiny_llama
-from tests.commands.invoking import KERNELS
 from tests.engines import VOCAB, Faulty
+from tests.kernels import FOLDER
 from worker.engine.block_manager import BlockManager
-from worker.engine.cpu_compile import Kernels
+from worker.engine.cpu_compile import NO_COMPILER, Kernels, find_compiler
 from worker.engine.cpu_level import Level
 from worker.engine.cpu_runner import CpuRunner
 from worker.engine.engine import BatchEngine
@@ -67,8 +67,10 @@ def generate_engines(model: Any) -> Iterator[Callable[..., GenerateEngine]]:
 
 @pytest.fixture(scope="session")
 def kernels() -> Path:
-    """Where all tests keep the C kernels."""
-    return KERNELS / "kernels"
+    """The folder where all tests find the C kernels."""
+    if find_compiler() is None:
+        pytest.skip(NO_COMPILER)
+    return FOLDER
 
 
 @pytest.fixture

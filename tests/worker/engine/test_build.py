@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,7 @@ import torch
 from nightherd.errors import CheckpointError
 from tests.checkpoints import tiny_llama
 from tests.engines import VOCAB, ask, tokens
-from worker.engine import cpu_library
 from worker.engine.build import EngineOptions, build_engine
-from worker.engine.cpu_library import LibraryError, load_library
 from worker.engine.interface import Engine
 
 GIB = 1 << 30
@@ -178,59 +174,29 @@ def test_a_smaller_context_is_kept(build: Callable[..., Engine]) -> None:
     assert len(tokens(engine, ask((3,) * 15, max_new_tokens=5))[0]) == 5
 
 
-# The library.
+# The number type.
 
 
-def test_many_workers_compile_it_once(tmp_path: Path) -> None:
-    """And one that is killed in the middle leaves nothing that another could take for it."""
-    code = (
-        "import sys; from pathlib import Path; from worker.engine.cpu_library import load_library; "
-        "print(load_library(Path(sys.argv[1]))._name)"
-    )
-    command = [sys.executable, "-P", "-c", code, str(tmp_path / "kernels")]
-    killed = subprocess.Popen(command, stdout=subprocess.PIPE)
-    while not list((tmp_path / "kernels").glob("compile-*")):
-        assert killed.poll() is None
-        threading.Event().wait(0.01)
-    killed.kill()
-    killed.communicate()
-    assert not list((tmp_path / "kernels").glob("*.so"))
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    names = {process.communicate(timeout=120)[0] for process in processes}
-    assert len(names) == 1
-    assert names == {f"{path}\n" for path in (tmp_path / "kernels").glob("*.so")}
-
-
-def test_a_compiler_that_fails_is_said_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_was_bfloat16_for_the_kernels_is_float32_without_them(
+    model: Any,
+    build: Callable[..., Engine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    broken = tmp_path / "broken-c++"
-    broken.write_text("#!/bin/sh\necho 'step.cpp:1:1: error: no such header' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
-    with pytest.raises(LibraryError, match=r"broken-c\+\+ fails on the kernels: .*no such header"):
-        load_library(tmp_path / "kernels")
-    assert [path.name for path in (tmp_path / "kernels").iterdir()] == ["compile.lock"]
-
-
-def test_another_cpu_or_source_is_another_library(
-    kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiler = cpu_library.find_compiler()
-    assert compiler is not None
-    names = {cpu_library._fingerprint(compiler)}
-    with monkeypatch.context() as patch:
-        patch.setattr(cpu_library, "_cpu", lambda: "another")
-        names.add(cpu_library._fingerprint(compiler))
-    (tmp_path / "step.cpp").write_text("other")
-    monkeypatch.setattr(cpu_library, "SOURCES", tmp_path)
-    names.add(cpu_library._fingerprint(compiler))
-    assert len(names) == 3
-
-
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    place = tmp_path / "file"
-    place.touch()
-    with pytest.raises(LibraryError, match="cannot be written"):
-        load_library(place / "kernels")
-    assert os.path.isfile(place)
+    """Plain torch and `generate` take many times as long in bfloat16 on a CPU that lacks it."""
+    narrow = copy.deepcopy(model).bfloat16()
+    wanted = tokens(build(copy.deepcopy(narrow).float(), kind="torch"), ask())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setitem(sys.modules, "ziglang", None)
+    with caplog.at_level(logging.INFO):
+        for kind in ("auto", "generate"):
+            caplog.clear()
+            engine = build(narrow, kind=kind, widen=True, library_folder=tmp_path / "none")
+            assert "computes in float32" in caplog.text
+            assert tokens(engine, ask()) == wanted
+        caplog.clear()
+        # Asked for, it stays.
+        build(narrow, kind="torch")
+    assert "computes in float32" not in caplog.text

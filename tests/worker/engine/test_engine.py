@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import logging
@@ -136,6 +137,35 @@ def test_it_agrees_with_transformers_on_kindred_architectures(
         if parameter.dim() == 1:  # biases and norms that are not all alike
             torch.nn.init.normal_(parameter, 0.8, 0.2)
     doubtful.append(agree(model, batch_engines, name))
+
+
+@pytest.mark.parametrize("level", levels_here())
+@pytest.mark.parametrize("head_dim", [32, 48])
+def test_bfloat16_is_as_near_to_float32_as_transformers(
+    head_dim: int, level: str, batch_engines: Make
+) -> None:
+    """Teacher-forced: the errors of the likeliest tokens' logprobs after each part of a text."""
+    model = tiny_llama(head_dim=head_dim).bfloat16()
+    ids = [2 + place * 37 % (VOCAB - 2) for place in range(70)]
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids])).logits[0, :, :VOCAB].float().log_softmax(-1)
+        wide = copy.deepcopy(model).float()
+        exact = wide(torch.tensor([ids])).logits[0, :, :VOCAB].log_softmax(-1)
+    engine = batch_engines(model=model, kind=level)
+    requests = [ask(ids[: end + 1], max_new_tokens=1, logprobs=20) for end in range(len(ids))]
+    errors: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for place, future in enumerate(engine.add(request).futures[0] for request in requests):
+        (found,) = future.result(20).logprobs
+        for top in found.top:
+            wanted = float(exact[place, top.token_id])
+            errors["ours"].append(top.logprob - wanted)
+            errors["theirs"].append(float(theirs[place, top.token_id]) - wanted)
+    ours, limit = (torch.tensor(errors[name]).pow(2).mean().sqrt() for name in ("ours", "theirs"))
+    assert limit > 0
+    assert ours <= 1.5 * limit, (ours, limit)
+    if level != "avx512bf16":
+        # What is widened is computed in float32.
+        assert ours <= 0.8 * limit, (ours, limit)
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
