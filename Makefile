@@ -27,7 +27,8 @@ define install
 		{ echo 'nightherd needs Python 3.11 or newer: make PYTHON=/path/to/python3.11'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --no-compile -c constraints.txt -e '.[$(1)]'
-	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # some templates are no Python
+	@$(BIN)/python -m compileall -j 0 $(VENV)/lib 2>/dev/null | awk '/^Compiling/ && ++files % 200 == 0 \
+		{ printf "\rbyte code of %d files", files; fflush() } END { print "" }'  # some templates are no Python
 endef
 
 $(VENV)/.run: pyproject.toml constraints.txt

@@ -66,7 +66,8 @@ class _Bar:
         )
         self._task: Any = None
         self._starting = starting
-        self._began = time.monotonic()
+        self._waits_for = ""
+        self._since = time.monotonic()
         self._seen: list[tuple[float, int]] = []
 
     def show(self, view: JobView) -> None:
@@ -94,14 +95,17 @@ class _Bar:
                 left = view.pending * (view.completion_tokens / view.done) / rate
                 parts.append(f"{left:,.0f} s left")
         if view.open and not view.workers_serving:
-            parts.append(f"waiting for a worker, {self._waited()}")
+            parts.append(self._waiting("waiting for a worker"))
         elif view.open and not view.workers and not view.done:
             does = self._starting()
-            parts.append(f"worker starting, {self._waited()}" + (f": {does}" if does else ""))
+            parts.append(self._waiting("worker starting") + (f": {does}" if does else ""))
         return ", ".join(parts)
 
-    def _waited(self) -> str:
-        return f"{time.monotonic() - self._began:,.0f} s"
+    def _waiting(self, what: str) -> str:
+        """With the seconds since that began."""
+        if what != self._waits_for:
+            self._waits_for, self._since = what, time.monotonic()
+        return f"{what}, {time.monotonic() - self._since:,.0f} s"
 
     def _own_rate(self, view: JobView) -> float:
         """Tokens per second between polls, until the workers have reported theirs."""

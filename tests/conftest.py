@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -27,6 +28,10 @@ from nightherd.settings import Settings
 for name in [name for name in os.environ if name.startswith("NIGHTHERD_")]:
     if name != "NIGHTHERD_CPU_LEVEL":
         del os.environ[name]
+
+# A shell's background jobs have it ignored, and so would all processes of the tests.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The tests' processes are small; two cores shared by several of them must not fight over threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

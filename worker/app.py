@@ -124,8 +124,7 @@ def load_checkpoint(options: WorkerOptions, settings: Settings) -> Loaded:
             context=options.context,
             threads=options.threads or settings.threads,
             cpu_level=settings.cpu_level,
-            widen=options.dtype == "auto"
-            and not checkpoint.computes_in_bfloat16(model.device, kernels),
+            widen=checkpoint.only_for_kernels(options.dtype, model.device, kernels),
         ),
     )
     level = kernels.level if kernels and engine.name == "kernels" else None

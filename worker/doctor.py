@@ -203,8 +203,10 @@ def check_compiler(settings: Settings | None) -> list[Finding]:
     if failure is not None:
         # The last lines: a compiler's words for one mistake may fill pages.
         words = [line.rstrip() for line in failure.output.strip().splitlines()[-_WORDS:]]
-        said = "\n".join([f"the C kernels could not be compiled: {failure.reason}", *words])
-        remedy = f"install another compiler or set CXX; to try again: rm {failure.path}"
+        said = "\n".join([f"the C kernels cannot be compiled: {failure.reason}", *words])
+        remedy = "set NIGHTHERD_CACHE to another folder"
+        if failure.path is not None:
+            remedy = f"install another compiler or set CXX; to try again: rm {failure.path}"
         return [Finding("compiler", "note", said, remedy, {**facts, "output": failure.output})]
     said = f"{compiler.name}: {version}, for kernels of level {kernels.level}"
     return [Finding("compiler", "ok", said, facts=facts)]

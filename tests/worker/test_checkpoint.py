@@ -293,6 +293,35 @@ def test_the_automatic_precision_is_what_the_cpu_computes_in(
         resolve_dtype("int3", cpu)
 
 
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, True),
+        ({"head_dim": None, "hidden_size": 4096, "num_attention_heads": 32}, True),
+        ({"model_type": "gemma"}, False),
+        ({"hidden_act": "gelu"}, False),
+        ({"head_dim": 72}, False),
+        ({"head_dim": 512}, False),
+        ({"hidden_size": 72}, False),
+        ({"sliding_window": 1024}, False),
+        ({"sliding_window": 1024, "use_sliding_window": False}, True),
+        ({"sliding_window": 4096}, True),
+        ({"quantization_config": {"quant_method": "awq"}}, False),
+    ],
+)
+def test_bfloat16_is_kept_for_what_the_kernels_cover(changes: dict[str, Any], kept: bool) -> None:
+    config = {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "head_dim": 64,
+        "max_position_embeddings": 2048,
+        **changes,
+    }
+    assert device.keeps_bfloat16(Weights({"BF16": 10}), config) == kept
+    assert not device.keeps_bfloat16(Weights({"F32": 10}), config)
+
+
 def test_weights_are_bfloat16_if_most_of_them_are() -> None:
     assert Weights({"BF16": 100, "F32": 3}).bfloat16
     assert not Weights({"BF16": 3, "F32": 100}).bfloat16

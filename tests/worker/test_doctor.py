@@ -70,6 +70,7 @@ def test_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = check_compiler(settings)
     assert found.level == "note"
     # Broken settings, which another check tells, are the defaults here.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert check_compiler(None)[0].check == "compiler"
     (found,) = check_compiler(settings.model_copy(update={"engine": "torch"}))
     assert (found.level, "not needed" in found.what) == ("ok", True)

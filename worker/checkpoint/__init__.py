@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from worker.checkpoint.device import (
-        computes_in_bfloat16,
         device_name,
+        only_for_kernels,
         resolve_device,
         resolve_dtype,
     )
@@ -32,11 +32,11 @@ _HOMES = {
     "Opened": "load",
     "Report": "report",
     "check": "report",
-    "computes_in_bfloat16": "device",
     "device_name": "device",
     "find": "locate",
     "load_model": "load",
     "load_text": "load",
+    "only_for_kernels": "device",
     "open_checkpoint": "load",
     "provenance": "identity",
     "resolve_device": "device",
@@ -49,11 +49,11 @@ __all__ = [
     "Opened",
     "Report",
     "check",
-    "computes_in_bfloat16",
     "device_name",
     "find",
     "load_model",
     "load_text",
+    "only_for_kernels",
     "open_checkpoint",
     "provenance",
     "resolve_device",

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 
 from nightherd.errors import CheckpointError
+from worker.checkpoint.files import Weights
+from worker.checkpoint.quantization import method_of
 from worker.engine.cpu_compile import Kernels
 from worker.engine.cpu_level import cpu_level, machine_level, suited_level, x86
+from worker.engine.weights import covers
 
 _DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -72,6 +75,16 @@ def resolve_dtype(
     if dtype not in _DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is unknown: give auto, bfloat16, float16, float32")
     return _DTYPES[dtype]
+
+
+def keeps_bfloat16(weights: Weights, config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is stored as bfloat16, and the C kernels can compute it so."""
+    return weights.bfloat16 and method_of(config) is None and covers(config)
+
+
+def only_for_kernels(dtype: str, device: torch.device, kernels: Kernels | None) -> bool:
+    """Whether `dtype`, where it became bfloat16, did so for the sake of the C kernels alone."""
+    return dtype == "auto" and not computes_in_bfloat16(device, kernels)
 
 
 def computes_in_bfloat16(device: torch.device, kernels: Kernels | None = None) -> bool:

@@ -19,7 +19,12 @@ from nightherd.errors import CheckpointError
 from nightherd.text import TextProcessor
 from nightherd.tokenizer import read_json
 from worker.checkpoint import memory
-from worker.checkpoint.device import loads_straight, resolve_device, resolve_dtype
+from worker.checkpoint.device import (
+    keeps_bfloat16,
+    loads_straight,
+    resolve_device,
+    resolve_dtype,
+)
 from worker.checkpoint.files import Folder, read_weights
 from worker.checkpoint.locate import find
 from worker.checkpoint.quantization import loading_options, method_of, unwrap
@@ -105,7 +110,7 @@ def load_model(
     check_architecture(config)
     check_packages(config, place)
     weights = read_weights(Folder(folder))
-    stored = weights.bfloat16 and method_of(config) is None
+    stored = keeps_bfloat16(weights, config)
     precision = resolve_dtype(dtype, place, bfloat16=stored, kernels=kernels)
     need = memory.weights_bytes(weights, config, precision, place)
     problem = memory.problem(str(folder), need, config, precision, place)

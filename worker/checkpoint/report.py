@@ -119,12 +119,12 @@ def check(
         report.problems.append(str(error))
         return report
     # Only now: torch and transformers take seconds to import.
-    from worker.checkpoint.device import resolve_device, resolve_dtype
+    from worker.checkpoint.device import keeps_bfloat16, resolve_device, resolve_dtype
 
     place, unknown = None, None
     try:
         place = resolve_device(device)
-        stored = weights.bfloat16 and report.quantization is None
+        stored = keeps_bfloat16(weights, config)
         precision = resolve_dtype(dtype, place, bfloat16=stored, kernels=kernels)
     except CheckpointError as error:
         unknown = str(error)

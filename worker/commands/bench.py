@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -90,6 +91,7 @@ def _measure(
     """Loads the checkpoint and measures it; first what it is and where it runs."""
     from nightherd.catalogue import checkpoint_key
     from nightherd.errors import CheckpointError
+    from nightherd.log import configure_logging
     from worker import bench as measuring
     from worker import checkpoint as checkpoints
     from worker.checkpoint.memory import available
@@ -99,6 +101,8 @@ def _measure(
 
     key = checkpoint_key(checkpoint)
     notice(f"loading {checkpoint}")
+    configure_logging("WARNING")
+    logging.getLogger("nightherd.kernels").setLevel(logging.INFO)
     kernels = kernels_of(settings)
     opened = checkpoints.open_checkpoint(
         key, device=device, dtype=dtype, home=settings.home, kernels=kernels
@@ -128,7 +132,7 @@ def _measure(
             threads=settings.threads,
             prefix_cache=False,
             cpu_level=settings.cpu_level,
-            widen=dtype == "auto" and not checkpoints.computes_in_bfloat16(place, kernels),
+            widen=checkpoints.only_for_kernels(dtype, place, kernels),
         ),
     )
     ready = measuring.Bench(engine, text.vocab_size, text.context_length)

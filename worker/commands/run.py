@@ -27,6 +27,7 @@ _GOODBYE_SECONDS = 60.0
 _LOG_LINES = 5
 _KERNELS = re.compile(r" nightherd\.kernels: ((?:compiling|waiting).*)")
 """A line of the log, while the C kernels are compiled."""
+_ENGINE = re.compile(r" WARNING nightherd\.engine: (.*)")
 
 
 @click.command()
@@ -74,6 +75,8 @@ def run(file: str, output: str | None, device: str, dtype: str, **options: Any) 
     else:
         with _own_worker(settings, view, device, dtype) as process:
             view = _follow(database, settings, view, process)
+            for warning in process.warnings():
+                notice(f"the worker: {warning}", always=True)
     with open_output(output) as target:
         count = write_rows(iterate_results(database, job.id), target)
     if output not in (None, "-"):
@@ -176,6 +179,11 @@ class _OwnWorker:
             found = _KERNELS.search(last)
             return found[1] if found else ""
         return ""
+
+    def warnings(self) -> list[str]:
+        """What its engine had to do without, in its log's own words."""
+        lines = self._log_path.read_text(errors="replace").splitlines()
+        return list(dict.fromkeys(found[1] for line in lines if (found := _ENGINE.search(line))))
 
     def _last_words(self) -> str:
         lines = self._log_path.read_text(errors="replace").strip().splitlines()[-_LOG_LINES:]

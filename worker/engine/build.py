@@ -94,7 +94,7 @@ def build_engine(
     from worker.engine.reference import GenerateEngine
 
     if device.type == "cpu":
-        _widen(model, options)
+        _widen(model, options, available)
     end_team()
     return GenerateEngine(
         model,
@@ -153,7 +153,8 @@ def _batch_engine(
         from worker.engine.torch_runner import TorchRunner
 
         if on_cpu:
-            _widen(model, options)
+            available = _widen(model, options, available)
+            memory = _default_memory(on_cpu, available)
             torch.set_num_threads(threads)
         blocks = _blocks(shape, CACHE_DTYPE, context, sequences, memory, available, options)
         runner = TorchRunner(model, vocab_size=vocab_size, num_blocks=blocks, block_size=BLOCK)
@@ -210,11 +211,21 @@ def _cpu_runner(
         raise CheckpointError(f"{error}; give less with {_remedy(options)}") from None
 
 
-def _widen(model: Any, options: EngineOptions) -> None:
-    """To float32, where bfloat16 was chosen for kernels that are not to be had."""
-    if options.widen and embedding(model).dtype == torch.bfloat16:
-        log.info("computes in float32: bfloat16 by plain torch takes many times as long here")
-        model.float()
+def _widen(model: Any, options: EngineOptions, available: int) -> int:
+    """To float32, where bfloat16 was chosen for kernels that are not to be had; what is available
+    afterwards. Raises `CheckpointError` where that is too little."""
+    if not options.widen or embedding(model).dtype != torch.bfloat16:
+        return available
+    more = sum(int(each.nbytes) for each in model.parameters() if each.dtype == torch.bfloat16)
+    if more > available:
+        raise CheckpointError(
+            f"without the C kernels the checkpoint computes in float32, which takes {_size(more)} "
+            f"more, and {_size(available)} is free; give --dtype bfloat16, which is many times "
+            "slower, or see what nightherd doctor says of the kernels"
+        )
+    log.info("computes in float32: bfloat16 by plain torch takes many times as long here")
+    model.float()
+    return available - more
 
 
 def _cuda_runner(

@@ -42,7 +42,7 @@ _FLAGS = (
 _AT_ONCE = 2
 """Files that are compiled side by side, where there are cores: each takes up to 270 MB."""
 _POLL_SECONDS = 0.02
-_GROUP = 'exec 3<&0; { cat <&3 >/dev/null; kill -KILL 0; } & exec 3<&-; exec "$@" </dev/null'
+_GROUP = 'exec 3<&0; { read -r _ <&3; kill -KILL 0; } & exec 3<&-; exec "$@" </dev/null'
 """A command in whose process group somebody ends the group once its standard input closes: when
 this process has ended, however it did."""
 
@@ -100,6 +100,8 @@ class Kernels:
 
     def library(self) -> Path:
         """The library's file, compiled if it is not there; raises `LibraryError`."""
+        if self in _told_next:
+            raise _told_next.pop(self)
         compiler = find_compiler()
         if compiler is None:
             raise LibraryError(f"{NO_COMPILER}; {REMEDY}")
@@ -114,21 +116,29 @@ class Kernels:
                     _compile(compiler, self.level, target)
         except OSError as error:
             raise LibraryError(
-                f"{self.folder} cannot be written: {error.strerror or error}"
+                f"{self.folder} cannot be written: {error.strerror or error}; set NIGHTHERD_CACHE "
+                "to another folder"
             ) from None
         return target
 
     def prepare(self) -> None:
-        """Compiles the library if need be; who asks for it later is told why there is none."""
-        with contextlib.suppress(LibraryError):
+        """Compiles the library if need be; who asks for it next is told why there is none."""
+        try:
             self.library()
+        except LibraryError as error:
+            _told_next[self] = error
 
     def failure(self) -> Failure | None:
         """Why there will be no library, as far as is known without compiling."""
         compiler = find_compiler()
         if compiler is None:
             return Failure(NO_COMPILER)
-        return None if (target := self._target(compiler)).exists() else _known_failure(target)
+        target = self._target(compiler)
+        if target.exists():
+            return None
+        if self.folder.exists() and not os.access(self.folder, os.W_OK):
+            return Failure(f"{self.folder} cannot be written")
+        return _known_failure(target)
 
     def _target(self, compiler: Compiler) -> Path:
         name = f"kernels-{self.level}-{fingerprint(compiler, self.level)}"
@@ -149,6 +159,9 @@ class Kernels:
                 log.info("waiting for another process that compiles the kernels")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+_told_next: dict[Kernels, LibraryError] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,16 +211,23 @@ def _compile(compiler: Compiler, level: Level, target: Path) -> None:
             made = _build(compiler, level, Path(folder))
             made.replace(target)
     except _CompilerError as error:
-        _failed(target).write_text(json.dumps({"reason": error.reason, "output": error.output}))
+        if error.lasting:
+            text = json.dumps({"reason": error.reason, "output": error.output})
+            _failed(target).write_text(text)
         raise LibraryError(error.reason) from None
     _failed(target).unlink(missing_ok=True)
     log.info("compiled the kernels in %.1f s: %s", time.monotonic() - started, target)
 
 
 class _CompilerError(Exception):
-    def __init__(self, reason: str, output: str) -> None:
+    def __init__(self, reason: str, output: str, *, lasting: bool = True) -> None:
         self.reason = reason
         self.output = output
+        self.lasting = lasting
+        """Whether it would fail again."""
+
+
+_PASSING = ("No space left", "quota exceeded", "Killed", "Cannot allocate memory", "out of memory")
 
 
 def _build(compiler: Compiler, level: Level, folder: Path) -> Path:
@@ -216,7 +236,7 @@ def _build(compiler: Compiler, level: Level, folder: Path) -> Path:
     made = folder / "kernels.so"
     command = [*compiler.command, *(["c++"] if compiler.zig else ())]
     command += [*_FLAGS, *compiler.target(level)]
-    environment = {**os.environ, "TMPDIR": str(folder)}
+    environment = {**os.environ, "TMPDIR": str(folder), "LC_ALL": "C"}
     link = [*command, "-shared", *map(str, objects), "-o", str(made)]
     if compiler.zig:
         # Its own C++ library would have to be compiled first, for a minute: the system's does,
@@ -246,7 +266,8 @@ def _system_libraries() -> Iterator[Path]:
         with contextlib.suppress(OSError):
             ctypes.CDLL(name)
         maps = Path("/proc/self/maps").read_text().splitlines()
-        paths = [line.split(maxsplit=5)[5] for line in maps if line.endswith(f"/{name}")]
+        # The name is mostly a link: what is mapped has the whole version.
+        paths = [line.split(maxsplit=5)[5] for line in maps if f"/{name}" in line]
         if not paths:
             raise _CompilerError(f"{name} is not on this machine", "")
         yield Path(paths[0])
@@ -298,7 +319,7 @@ def _start(command: Sequence[str], environment: Any, output: Path) -> subprocess
                 start_new_session=True,
             )
     except OSError as error:
-        raise _CompilerError(f"{command[0]} does not run: {error}", "") from None
+        raise _CompilerError(f"{command[0]} does not run: {error}", "", lasting=False) from None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -314,6 +335,6 @@ def _said(compiler: Compiler, code: int, output: str) -> Exception:
     lines = [line.strip() for line in output.strip().splitlines()]
     said = next((line for line in lines if "error" in line), "".join(lines[-1:]))
     reason = f"{compiler.name} fails on the kernels (exit code {code}): {said[:300]}"
-    if "No space left on device" in output:  # not the compiler's fault: it is tried again
-        return OSError(None, "No space left on device")
-    return _CompilerError(reason, output[-20_000:])
+    # Not the compiler's fault, and so tried again: a full disk, too little memory.
+    lasting = code >= 0 and not any(words in output for words in _PASSING)
+    return _CompilerError(reason, output[-20_000:], lasting=lasting)

@@ -113,7 +113,9 @@ def _load(path: str) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(path)
     except OSError as error:
-        raise LibraryError(f"{path} cannot be loaded: {error}") from None
+        raise LibraryError(
+            f"{path} cannot be loaded: {error}; remove it, or set NIGHTHERD_CACHE to another folder"
+        ) from None
     for name, result, arguments in (
         ("level", c_char_p, ()),
         ("sizes", c_int, (c_int,)),

@@ -22,11 +22,16 @@ from worker.engine.cpu_sampling import SamplingTable, chosen_rows, read_choices
 from worker.engine.runner import Choices
 from worker.engine.scheduler import Plan
 from worker.engine.sequence import Sequence
-from worker.engine.weights import LayerWeights, Shape, UnsupportedModelError
+from worker.engine.weights import (
+    HEAD_STEP,
+    MAX_HEAD_DIM,
+    LayerWeights,
+    Shape,
+    UnsupportedModelError,
+)
 
 log = logging.getLogger("nightherd.engine")
 
-MAX_HEAD_DIM = 256
 _MADV_POPULATE_WRITE = 23
 """`mmap` has no name for it."""
 _HUGE_PAGE = 2 << 20
@@ -37,9 +42,9 @@ def check_model(model: Any) -> Shape:
     shape, dtype = weights.shape_of(model), weights.embedding(model).dtype
     if dtype not in (torch.float32, torch.bfloat16):
         raise UnsupportedModelError(f"the kernels do not compute in {dtype}")
-    if shape.head_dim % 16 or shape.head_dim > MAX_HEAD_DIM:
+    if shape.head_dim % HEAD_STEP or shape.head_dim > MAX_HEAD_DIM:
         raise UnsupportedModelError(f"its heads are of {shape.head_dim}, not of 16, 32, … 256")
-    if shape.hidden % 16:
+    if shape.hidden % HEAD_STEP:
         raise UnsupportedModelError(f"its width, {shape.hidden}, is no multiple of 16")
     # They are packed anew.
     weights.check_dense(model)

@@ -7,12 +7,16 @@ same but for a few biases and norms.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MAX_HEAD_DIM = 256
+HEAD_STEP = 16
+"""Of the kernels for CPUs: heads and the whole width are multiples of it."""
 
 
 class UnsupportedModelError(Exception):
@@ -116,6 +120,21 @@ def shape_of(model: Any) -> Shape:
         context=context,
         norm_eps=float(config.rms_norm_eps),
     )
+
+
+def covers(config: Mapping[str, Any]) -> bool:
+    """Whether the engine, and its kernels for CPUs, cover a checkpoint, as far as config.json says;
+    `shape_of` the loaded model and its runner have the last word."""
+    if config.get("model_type") not in MODEL_TYPES:
+        return False
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        return False
+    window, context = config.get("sliding_window"), config.get("max_position_embeddings", 0)
+    if window is not None and config.get("use_sliding_window", True) and window < context:
+        return False
+    hidden, heads = int(config.get("hidden_size", 0)), int(config.get("num_attention_heads", 1))
+    head_dim = int(config.get("head_dim") or hidden // heads)
+    return head_dim % HEAD_STEP == 0 and head_dim <= MAX_HEAD_DIM and hidden % HEAD_STEP == 0
 
 
 def check_dense(model: Any) -> None:

@@ -196,6 +196,8 @@ def test_what_was_bfloat16_for_the_kernels_is_float32_without_them(
             engine = build(narrow, kind=kind, widen=True, library_folder=tmp_path / "none")
             assert "computes in float32" in caplog.text
             assert tokens(engine, ask()) == wanted
+            with pytest.raises(CheckpointError, match=r"computes in float32, which takes .* more"):
+                build(narrow, kind=kind, widen=True, available=1, library_folder=tmp_path / "none")
         caplog.clear()
         # Asked for, it stays.
         build(narrow, kind="torch")
