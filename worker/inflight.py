@@ -34,6 +34,8 @@ class ChunkRun:
         self.claim = claim
         self.worker_id = worker_id
         self.ended = threading.Event()
+        self.stored = False
+        """Whether its end is in the database."""
         """Set when the chunk's end is committed, or the chunk is not this worker's any more."""
         self._engine = engine
         self._lock = threading.Lock()

@@ -289,6 +289,7 @@ class Writer:
                 run.abort(lost=True)
                 self._drop(run)
             elif _is_answered(run):
+                run.stored = True
                 self._on_ended(run, completed)
                 run.ended.set()
                 completed = ()

@@ -77,7 +77,8 @@ class ChunkRunner:
         run.ended.wait()
         if not self._draining.is_set():  # the worker rings when it has left
             self.top_up(run.claim.checkpoint_key)
-        return "returned" if run.lost or run.aborted else "done"
+        # Not whether it is lost: who looks between its end in SQL and here no longer finds it held.
+        return "done" if run.stored and not run.aborted else "returned"
 
     def top_up(self, key: str) -> None:
         """Rings for the next ones; a broker or database that is down is left to the tick."""

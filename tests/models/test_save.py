@@ -330,9 +330,17 @@ def test_without_the_lock_both_miss_it_and_the_tick_completes_the_job(
     """The same interleaving without the job's lock: it is this lock that the promise rests on."""
     database, job_id, end = last_two
     monkeypatch.setattr(results, "lock_jobs", lambda _connection, _ids: {})
-    both = threading.Barrier(2, timeout=10)
-    with before(database, "UPDATE jobs SET state", both.wait), ThreadPoolExecutor(2) as pool:  # type: ignore[arg-type]
-        outcomes = list(pool.map(end, range(2)))
+    both, committing = (threading.Barrier(2, timeout=10) for _ in range(2))
+
+    def together(_connection: Any) -> None:
+        committing.wait()  # neither before the other has looked
+
+    event.listen(database.engine, "commit", together)
+    try:
+        with before(database, "UPDATE jobs SET state", both.wait), ThreadPoolExecutor(2) as pool:  # type: ignore[arg-type]
+            outcomes = list(pool.map(end, range(2)))
+    finally:
+        event.remove(database.engine, "commit", together)
     assert [outcome.completed for outcome in outcomes] == [(), ()]
     assert job(database, job_id).state == "running"
     with database.write() as connection:
