@@ -174,7 +174,7 @@ class _Linear:
         if rows.device.type != "cpu":
             return functional.linear(rows, self._weight, self._bias)
         # MKL sums in another order for other numbers of rows, on Intel's CPUs: so always as many.
-        parts = rows.split(ROW_MULTIPLE)
+        parts = torch.split(rows, ROW_MULTIPLE)
         return torch.cat([functional.linear(part, self._weight, self._bias) for part in parts])
 
 
