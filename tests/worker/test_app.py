@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,22 @@ class Workplace:
             {"home": folder, "database_url": url, "broker_url": broker or None}
         )
         self._dispatcher = Dispatcher(database, settings, broker)
+
+    def stop_beside_the_lock(self, process: subprocess.Popen[bytes]) -> None:
+        """Lets a process stand still where it does not hold SQLite's lock, which nobody could take
+        from it: all others would stand still with it."""
+        for _ in range(50):
+            process.send_signal(signal.SIGSTOP)
+            connection = sqlite3.connect(str(self.database.url.database), timeout=0.5)
+            try:
+                connection.execute("BEGIN IMMEDIATE").close()
+                return
+            except sqlite3.OperationalError:
+                process.send_signal(signal.SIGCONT)
+                time.sleep(0.05)
+            finally:
+                connection.close()
+        pytest.fail("it holds the lock whenever one looks")
 
     def start(self, *, ready: bool = True, **options: Any) -> subprocess.Popen[bytes]:
         path = self.folder / f"worker-{len(self.processes)}.log"
@@ -319,7 +336,7 @@ def test_a_worker_that_stood_still_for_too_long_comes_back_under_a_new_name(
     healer = workplace.start(step_seconds=0.02)
     job = workplace.submit(PROMPTS[:32], params={"max_tokens": 100})
     wait_until(lambda: workplace.chunks(job).count("running") == 8)
-    zombie.send_signal(signal.SIGSTOP)
+    workplace.stop_beside_the_lock(zombie)
     wait_until(lambda: "dead" in workplace.worker_states(), seconds=20, what="the burial")
     zombie.send_signal(signal.SIGCONT)
     workplace.wait_for_end(job)
