@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-LEVELS = ("plain", "avx2", "avx512", "avx512bf16")
+LEVELS = ("plain", "avx2", "avx512", "avx512bf16", "amx")
 """That an engine can be held to, the lowest first."""
-_ALL = (*LEVELS, "amx")
-"""nightherd has no code of its own for the last, but what it and its peers build upon does."""
 _NEEDS = {
     "avx2": {"avx2", "fma"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
@@ -29,6 +27,7 @@ _TORCH = {
     # Neither of oneDNN's names includes AMX, nor does MKL's, whose later ones are AVX512_E1 to _E5.
     "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
     "avx512bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
+    "amx": {},
 }
 VARIABLES = frozenset({"DNNL_MAX_CPU_ISA", *(name for caps in _TORCH.values() for name in caps)})
 """That hold torch to a level; `DNNL_…` is an older name that oneDNN still reads."""
@@ -37,7 +36,7 @@ VARIABLES = frozenset({"DNNL_MAX_CPU_ISA", *(name for caps in _TORCH.values() fo
 def of_this_cpu(cpuinfo: str | None = None) -> str:
     """The highest level whose instructions are all there; `plain` on other than x86 CPUs."""
     flags, level = {*_field("flags", cpuinfo).split()}, "plain"
-    for name in _ALL[1:]:
+    for name in LEVELS[1:]:
         if not _NEEDS[name] <= flags:
             break
         level = name
@@ -50,7 +49,7 @@ def model_name(cpuinfo: str | None = None) -> str:
 
 
 def is_lower(level: str, than: str) -> bool:
-    return _ALL.index(level) < _ALL.index(than)
+    return LEVELS.index(level) < LEVELS.index(than)
 
 
 def environment(level: str | None) -> dict[str, str]:

@@ -109,10 +109,10 @@ class Settings(BaseModel):
         description="What generates: the C kernels on a CPU, plain torch, or transformers' "
         "generate; auto is the fastest that covers the checkpoint.",
     )
-    cpu_level: Literal["avx512bf16", "avx512", "avx2", "plain"] | None = Field(
+    cpu_level: Literal["amx", "avx512bf16", "avx512", "avx2", "plain"] | None = Field(
         default=None,
-        description="The instructions that the C kernels may use, at most: `avx512bf16`, `avx512`, "
-        "`avx2` or `plain`; by default all that the CPU has.",
+        description="The instructions that the C kernels may use, at most: `amx`, `avx512bf16`, "
+        "`avx512`, `avx2` or `plain`; by default all that the CPU has.",
     )
     max_batch: int | None = Field(
         default=None,

@@ -333,6 +333,7 @@ def test_the_level_of_a_cpu(level: str) -> None:
         ("avx2", ("AVX2", "AVX2", "avx2")),
         ("avx512", ("AVX512_CORE", "AVX512", None)),
         ("avx512bf16", ("AVX512_CORE_BF16", "AVX512", None)),
+        ("amx", (None, None, None)),
     ],
 )
 def test_a_level_holds_all_that_computes(

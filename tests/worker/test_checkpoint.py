@@ -268,6 +268,8 @@ def test_the_automatic_precision_is_what_the_cpu_computes_in(
     best: Level
     # The machine, its kernels' level; whether the weights are bfloat16; whether there are kernels.
     for best, level, stored, there, dtype in (
+        ("amx", "amx", False, True, torch.bfloat16),
+        ("amx", "avx512", False, True, torch.float32),
         ("avx512bf16", "avx512bf16", False, True, torch.bfloat16),
         ("avx512bf16", "avx512bf16", False, False, torch.bfloat16),
         ("avx512bf16", "avx2", False, True, torch.float32),

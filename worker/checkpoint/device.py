@@ -94,8 +94,11 @@ def computes_in_bfloat16(device: torch.device, kernels: Kernels | None = None) -
     if x86():
         level = kernels.level if kernels else cpu_level()
         # Not the best where a lower one is asked for, with which the machine is to be a lesser one.
-        return machine_level() == "avx512bf16" and level in ("avx512bf16", suited_level())
+        return machine_level() in _WITH_BFLOAT16 and level in (*_WITH_BFLOAT16, suited_level())
     return bool(_cpu_capabilities().get("sve_bf16"))
+
+
+_WITH_BFLOAT16 = ("amx", "avx512bf16")
 
 
 def _to_be_had(kernels: Kernels | None) -> bool:

@@ -68,7 +68,8 @@ class Compiler:
         """Its flags for a level."""
         if self.zig:
             base = "x86_64" if x86() else "baseline"
-            return ["-mcpu=" + "+".join((base, *FEATURES[level]))]
+            features = (feature.replace("-", "_") for feature in FEATURES[level])
+            return ["-mcpu=" + "+".join((base, *features))]
         base_flags = ["-march=x86-64"] if x86() else []
         return base_flags + [f"-m{feature}" for feature in FEATURES[level]]
 

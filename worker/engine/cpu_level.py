@@ -6,13 +6,15 @@ has its level, and any level that a machine has can be tried there.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
-Level = Literal["avx512bf16", "avx512", "avx2", "plain"]
+Level = Literal["amx", "avx512bf16", "avx512", "avx2", "plain"]
 
 LEVELS: tuple[Level, ...] = get_args(Level)
 """The best first."""
@@ -20,17 +22,21 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 VARIABLE = "NIGHTHERD_CPU_LEVEL"
 
 _CPUINFO = Path("/proc/cpuinfo")
+# Linux, Documentation/arch/x86/xstate.rst; the first is a number for x86-64 alone.
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 _AVX2 = ("avx2", "fma")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
+_BF16 = (*_AVX512, "avx512bf16")
 FEATURES: Mapping[Level, tuple[str, ...]] = {
-    "avx512bf16": (*_AVX512, "avx512bf16"),
+    "amx": (*_BF16, "amx-tile", "amx-bf16"),
+    "avx512bf16": _BF16,
     "avx512": _AVX512,
     "avx2": _AVX2,
     "plain": (),
 }
 """What each level needs beyond what every CPU of the architecture has, as compilers call it."""
 
-_IN_CPUINFO = {"avx512bf16": "avx512_bf16"}
+_IN_CPUINFO = {"avx512bf16": "avx512_bf16", "amx-tile": "amx_tile", "amx-bf16": "amx_bf16"}
 """Where Linux has another name."""
 
 
@@ -47,8 +53,8 @@ def cpu_level(asked: Level | None = None) -> Level:
 def suited_level() -> Level:
     """The fastest level of this machine."""
     best = machine_level()
-    # Intel's take two cycles for a product of bfloat16 pairs, where two FMAs take one: to widen
-    # bfloat16 is faster by a third (docs/benchmarks.md).
+    # Without AMX, Intel's take two cycles for a product of bfloat16 pairs, where two FMAs take one:
+    # to widen bfloat16 is faster by a third (docs/benchmarks.md).
     return "avx512" if best == "avx512bf16" and _vendor() == "GenuineIntel" else best
 
 
@@ -57,8 +63,19 @@ def machine_level(cpuinfo: Path = _CPUINFO) -> Level:
     flags = set(_line("flags", cpuinfo).split())
     for level in LEVELS:
         if {_IN_CPUINFO.get(name, name) for name in FEATURES[level]} <= flags:
+            if level == "amx" and not may_use_amx():
+                continue
             return level
     return "plain"
+
+
+@functools.cache
+def may_use_amx() -> bool:
+    """Asks Linux for AMX's registers, which no process has otherwise; for all of its threads.
+
+    Linux before 5.16, or a sandbox, says no.
+    """
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0
 
 
 def _vendor(cpuinfo: Path = _CPUINFO) -> str:

@@ -12,6 +12,7 @@ from functools import cache
 import numpy as np
 
 from worker.engine.cpu_compile import Kernels, LibraryError
+from worker.engine.cpu_level import may_use_amx
 
 BLOCK = 32
 """Positions of a block of the KV cache, as the kernels have it."""
@@ -101,6 +102,8 @@ CHOSEN = np.dtype(
 
 def load_library(kernels: Kernels) -> ctypes.CDLL:
     """The library, compiled if it is not there; raises `LibraryError`."""
+    if kernels.level == "amx" and not may_use_amx():
+        raise LibraryError("this process may not use AMX: set NIGHTHERD_CPU_LEVEL=avx512")
     library = _load(str(kernels.library()))
     level = library.nightherd_level().decode()
     if level != kernels.level:
@@ -120,7 +123,7 @@ def _load(path: str) -> ctypes.CDLL:
         ("level", c_char_p, ()),
         ("sizes", c_int, (c_int,)),
         ("panel", c_int, ()),
-        ("per", c_int, (c_int,)),
+        ("deep", c_int, (c_int,)),
         ("pack", None, (c_void_p, c_int, c_int, c_int, c_void_p)),
         ("head_bytes", c_size_t, (c_int, c_int)),
         ("create", c_void_p, (POINTER(Model),)),

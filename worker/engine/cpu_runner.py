@@ -230,9 +230,9 @@ class CpuRunner:
     def _packed(self, matrix: torch.Tensor) -> torch.Tensor:
         """[outputs, inputs] as the kernels read it, both filled up by zeros."""
         wide = self._dtype == torch.bfloat16
-        per = int(self._library.nightherd_per(wide))
+        deep = int(self._library.nightherd_deep(wide))
         outputs, inputs = matrix.shape
-        filled = (outputs + -outputs % self._panel, inputs + -inputs % per)
+        filled = (outputs + -outputs % self._panel, inputs + -inputs % deep)
         packed = self._arena.empty(filled, self._dtype)
         matrix = matrix.contiguous()
         self._library.nightherd_pack(matrix.data_ptr(), outputs, inputs, wide, packed.data_ptr())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from worker.engine import cpu_level as levels
-from worker.engine.cpu_compile import Compiler, Kernels
+from worker.engine.cpu_compile import Compiler, Kernels, LibraryError
 from worker.engine.cpu_level import LEVELS, Level, cpu_level, levels_here, machine_level
 from worker.engine.cpu_library import load_library
 
@@ -18,6 +18,8 @@ _SKYLAKE = f"{_ZEN3} avx512f avx512dq avx512cd avx512bw avx512vl"
 @pytest.mark.parametrize(
     ("flags", "level"),
     [
+        (f"{_SKYLAKE} avx512_bf16 amx_bf16 amx_tile amx_int8", "amx"),
+        (f"{_SKYLAKE} avx512_bf16 amx_tile amx_int8", "avx512bf16"),
         (f"{_SKYLAKE} avx512_bf16", "avx512bf16"),
         (_SKYLAKE, "avx512"),
         (f"{_ZEN3} avx512f", "avx2"),  # of the first ones with AVX-512, which lack the rest
@@ -26,13 +28,28 @@ _SKYLAKE = f"{_ZEN3} avx512f avx512dq avx512cd avx512bw avx512vl"
         ("fpu sse2", "plain"),
     ],
 )
-def test_the_level_is_what_linux_says(flags: str, level: Level, tmp_path: Path) -> None:
+def test_the_level_is_what_linux_says(
+    flags: str, level: Level, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(levels, "may_use_amx", lambda: True)
     path = tmp_path / "cpuinfo"
     path.write_text(f"processor : 0\nvendor_id\t: GenuineIntel\nflags\t\t: {flags}\n")
     assert machine_level(path) == level
     # Other architectures have no such line, other systems no such file.
     path.write_text("processor : 0\nFeatures : asimd\n")
     assert machine_level(path) == machine_level(tmp_path / "none") == "plain"
+
+
+def test_amx_is_used_where_linux_lets_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: Path
+) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text(f"flags : {_SKYLAKE} avx512_bf16 amx_bf16 amx_tile\n")
+    monkeypatch.setattr(levels, "may_use_amx", lambda: False)
+    monkeypatch.setattr("worker.engine.cpu_library.may_use_amx", lambda: False)
+    assert machine_level(path) == "avx512bf16"
+    with pytest.raises(LibraryError, match="may not use AMX: set NIGHTHERD_CPU_LEVEL=avx512"):
+        load_library(Kernels(kernels, "amx"))
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, level: Level, vendor: str) -> None:
@@ -53,11 +70,16 @@ def test_it_can_be_lowered_and_never_raised(monkeypatch: pytest.MonkeyPatch) -> 
     assert cpu_level("avx2") == "plain"
 
 
-def test_intels_cpus_widen_bfloat16_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_intels_cpus_without_amx_widen_bfloat16_unless_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine(monkeypatch, "amx", "GenuineIntel")
+    assert cpu_level() == "amx"
+    assert levels_here() == LEVELS  # all are tested
     machine(monkeypatch, "avx512bf16", "GenuineIntel")
     assert cpu_level() == "avx512"
     assert cpu_level("avx512bf16") == "avx512bf16"
-    assert levels_here() == LEVELS  # all are tested
+    assert levels_here() == LEVELS[1:]
     machine(monkeypatch, "avx512bf16", "AuthenticAMD")
     assert cpu_level() == "avx512bf16"
 
@@ -76,5 +98,5 @@ def test_each_compiler_is_told_in_its_own_words(monkeypatch: pytest.MonkeyPatch)
 def test_each_level_of_this_machine_has_its_own_width(level: Level, kernels: Path) -> None:
     library = load_library(Kernels(kernels, level))
     assert library.nightherd_level().decode() == level
-    panel = {"avx512bf16": 64, "avx512": 64, "avx2": 16, "plain": 8}
+    panel = {"amx": 64, "avx512bf16": 64, "avx512": 64, "avx2": 16, "plain": 8}
     assert library.nightherd_panel() == panel[level]

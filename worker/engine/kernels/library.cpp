@@ -10,7 +10,7 @@ static const Kind& kind(int bfloat16) { return bfloat16 ? BFLOAT16 : FLOAT32; }
 #pragma GCC visibility push(default)
 extern "C" {
 
-// For which CPUs it was compiled: `avx512bf16`, `avx512`, `avx2` or `plain`.
+// For which CPUs it was compiled: `amx`, `avx512bf16`, `avx512`, `avx2` or `plain`.
 const char* nightherd_level() { return nightherd::FLOAT32.level; }
 
 // So that the Python side can check that both see the same structures.
@@ -24,7 +24,7 @@ int nightherd_sizes(int which) {
 int nightherd_panel() { return nightherd::FLOAT32.panel; }
 
 // What the inputs of a panel are filled up to a multiple of.
-int nightherd_per(int bfloat16) { return nightherd::kind(bfloat16).per; }
+int nightherd_deep(int bfloat16) { return nightherd::kind(bfloat16).deep; }
 
 // A matrix [outputs, inputs], without gaps, as panels; `to` is all zeros before.
 void nightherd_pack(const void* from, int outputs, int inputs, int bfloat16, void* to) {

@@ -45,7 +45,7 @@ struct Kind {
     const char* level;  // of CPUs
     int panel;          // outputs of a panel of packed weights
     int block;          // positions of a block of the cache
-    int per;            // inputs of a panel are filled up to a multiple of so many
+    int deep;           // inputs of a panel are filled up to a multiple of so many
     Runner* (*create)(const Model&);
     // A matrix [outputs, inputs] of packed numbers, into `to`, all zeros before.
     void (*pack)(const void* from, int outputs, int inputs, void* to);

@@ -110,7 +110,7 @@ class TypedRunner : public Runner {
     }
 
     Matrix<E> matrix(const void* packed, const float* bias, int outputs, int inputs) const {
-        return {(const T*)packed, bias, outputs / PANEL, padded(inputs, E::PER)};
+        return {(const T*)packed, bias, outputs / PANEL, padded(inputs, E::DEEP)};
     }
 
     template <class Emit>
@@ -133,7 +133,7 @@ class TypedRunner : public Runner {
             for (int i = 0; i < m.hidden; ++i) to[i] = E::number(from[i]);
             return;
         }
-        const int inputs = padded(m.hidden, E::PER);
+        const int inputs = padded(m.hidden, E::DEEP);
         const T* from = (const T*)m.output + (size_t)(id / PANEL) * inputs * PANEL + E::place(id % PANEL) * E::PER;
         for (int i = 0; i < m.hidden; i += E::PER, from += PANEL * E::PER)
             for (int j = 0; j < E::PER; ++j) to[i + j] = E::number(from[j]);
@@ -296,7 +296,7 @@ class TypedRunner : public Runner {
 template <class E>
 constexpr Kind kind_of() {
     using T = typename E::T;
-    return {LEVEL, PANEL, BLOCK, E::PER,
+    return {LEVEL, PANEL, BLOCK, E::DEEP,
             [](const Model& model) -> Runner* { return new TypedRunner<E>(model); },
             [](const void* from, int outputs, int inputs, void* to) {
                 pack<E>((const T*)from, outputs, inputs, (T*)to);

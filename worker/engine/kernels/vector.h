@@ -37,6 +37,12 @@ constexpr int FETCH_INTO = LANES == 16 ? 3 : 2;
 
 #if defined(NIGHTHERD_AVX512) && defined(__AVX512BF16__)
 #define NIGHTHERD_AVX512BF16
+#endif
+
+#if defined(NIGHTHERD_AVX512BF16) && (defined(__AMX_BF16__) || defined(__AMXBF16__))  // the latter by clang up to 14
+#define NIGHTHERD_AMX
+constexpr const char* LEVEL = "amx";
+#elif defined(NIGHTHERD_AVX512BF16)
 constexpr const char* LEVEL = "avx512bf16";
 #elif defined(NIGHTHERD_AVX512)
 constexpr const char* LEVEL = "avx512";
@@ -171,11 +177,11 @@ static inline float exponential(float x) { return exponential(splat(x))[0]; }
 // what they are multiplied with. Memory holds columns in groups of GROUP: of each column PER
 // consecutive numbers, column c at `place(c)`. `read` takes vector number `vector` of the columns at
 // `from`; `add` adds the products of its PER numbers with PER ones at `x`, which `spread` has put into
-// each lane.
+// each lane. The inputs of a matrix are filled up to a multiple of DEEP.
 struct Float32 {
     using T = float;
     using X = float;
-    static constexpr int PER = 1, GROUP = LANES;
+    static constexpr int PER = 1, GROUP = LANES, DEEP = PER;
     static int place(int column) { return column; }
     static inline vec read(const T* from, int vector) { return load(from + vector * LANES); }
     static inline vec spread(const X* x) { return splat(*x); }
@@ -209,7 +215,11 @@ struct BFloat16 {
 #if defined(NIGHTHERD_AVX512BF16)
     // Pairs are multiplied and added by one instruction.
     using X = uint16_t;
-    static constexpr int PER = 2, GROUP = LANES;
+#if defined(NIGHTHERD_AMX)
+    static constexpr int PER = 2, GROUP = LANES, DEEP = 32;
+#else
+    static constexpr int PER = 2, GROUP = LANES, DEEP = PER;
+#endif
     static int place(int column) { return column; }
     static inline __m512i read(const T* from, int vector) {
         return _mm512_loadu_si512(from + vector * LANES * PER);
@@ -229,7 +239,7 @@ struct BFloat16 {
     // Two vectors are unpacked from one register, each by one instruction that does not compete with
     // FMAs; within each 128 bits it takes the lower, then the upper half, and `place` allows for that.
     using X = float;
-    static constexpr int PER = 1, GROUP = 2 * LANES;
+    static constexpr int PER = 1, GROUP = 2 * LANES, DEEP = PER;
     static int place(int column) {
         const int lane = column % LANES, group = column / GROUP;
         return group * GROUP + lane / 4 * 8 + column / LANES % 2 * 4 + lane % 4;
