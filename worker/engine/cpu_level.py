@@ -75,7 +75,8 @@ def may_use_amx() -> bool:
 
     Linux before 5.16, or a sandbox, says no.
     """
-    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0
+    libc = ctypes.CDLL(None)
+    return bool(libc.syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0)
 
 
 def _vendor(cpuinfo: Path = _CPUINFO) -> str:
