@@ -31,10 +31,6 @@ constexpr int LANES = 4, COLUMNS = 2;
 #endif
 constexpr int TILE = 6;
 
-// Where `fetch` brings what is wanted soon, as `__builtin_prefetch` counts. Vectors of AVX-512 use up a
-// line at a time; with narrower ones waiting for L1's few outstanding lines costs more than L2 does.
-constexpr int FETCH_INTO = LANES == 16 ? 3 : 2;
-
 #if defined(NIGHTHERD_AVX512) && defined(__AVX512BF16__)
 #define NIGHTHERD_AVX512BF16
 #endif
@@ -50,6 +46,15 @@ constexpr const char* LEVEL = "avx512";
 constexpr const char* LEVEL = "avx2";
 #else
 constexpr const char* LEVEL = "plain";
+#endif
+
+// Where `fetch` brings what is wanted soon, as `__builtin_prefetch` counts: into L1 on AMD's CPUs with
+// AVX-512, which use up a line at a time. Intel's wait longer for memory than L1 has places for what is
+// awaited, and for narrower vectors that costs more than reading from L2.
+#if defined(NIGHTHERD_AVX512BF16) && !defined(NIGHTHERD_AMX)
+constexpr int FETCH_INTO = 3;
+#else
+constexpr int FETCH_INTO = 2;
 #endif
 
 constexpr int BYTES = 4 * LANES;
