@@ -6,14 +6,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 EXAMPLE := examples/prompts.jsonl
 DEMO_RESULTS := build/demo-results.jsonl
 comma := ,
-# Tests that neither measure time nor need both cores run side by side.
-SIDE_BY_SIDE := tests/commands tests/faults tests/migrations tests/models tests/nightherd tests/producer \
-	tests/acceptance/test_main_job.py tests/test_benchmarks.py tests/test_compose.py tests/test_docs.py tests/test_gpu_scripts.py \
-	tests/worker/engine/cuda tests/worker/engine/test_ahead.py tests/worker/engine/test_linears.py \
-	tests/worker/engine/test_noise.py tests/worker/engine/test_sampler.py \
-	tests/worker/engine/test_scheduler.py tests/worker/test_checkpoint.py tests/worker/test_convert.py \
-	tests/worker/test_detokenizer.py tests/worker/test_grammar.py tests/worker/test_layouts.py \
-	tests/worker/test_loading.py
+# Engines compute on all cores: their tests run one by one, all others two at once.
+ONE_BY_ONE := $(patsubst %,tests/worker/engine/test_%.py,build cpu_level cpu_sampling engine isolation openmp \
+	reference_faults tokens torch_runner)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test faults soak lint format docs peers clean
@@ -58,8 +53,8 @@ lint: $(VENV)/.dev  ## ruff, mypy --strict, import contracts
 # The C kernels of all levels of this machine, once, where all tests find them.
 test: lint  ## Everything that must pass: lint and all tests
 	$(BIN)/python -P -m tests.kernels
-	$(BIN)/python -P -m pytest -n 2 --dist worksteal $(SIDE_BY_SIDE)
-	$(BIN)/python -P -m pytest $(SIDE_BY_SIDE:%=--ignore=%)
+	$(BIN)/python -P -m pytest -n 2 --dist worksteal $(ONE_BY_ONE:%=--ignore=%)
+	$(BIN)/python -P -m pytest $(ONE_BY_ONE)
 
 faults: $(VENV)/.dev  ## Faults at length: hundreds of kills, outages, a poisonous request among a thousand
 	$(BIN)/python -P -m pytest -m faults
