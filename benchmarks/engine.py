@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
         help="of every engine (2 on a CPU, its own choice on a card)",
     )
     add("--random", action="store_true", help="weights made in each process, as on a card")
-    add("--profile", type=int, default=0, metavar="N", help="then N requests again, by kernel")
+    add("--profile", type=int, default=0, metavar="N", help="on a card: then N again, by kernel")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-p", type=float, default=1.0)
     add("--top-k", type=int, default=0)
@@ -72,6 +72,8 @@ def arguments() -> argparse.Namespace:
     given = parser.parse_args()
     if given.kv_memory is None:
         given.kv_memory = 2.0 if given.device == "cpu" else 0.0
+    if given.profile and given.device == "cpu":
+        raise SystemExit("--profile: only what runs on a card can be told apart")
     if given.level is not None and levels.is_lower(levels.of_this_cpu(), given.level):
         raise SystemExit(
             f"--level {given.level}: this CPU has no such instructions, only {levels.of_this_cpu()}"

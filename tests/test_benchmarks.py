@@ -381,6 +381,15 @@ def test_a_level_that_the_cpu_lacks_is_refused(
     assert engine.arguments().level == "avx2"
 
 
+def test_a_profile_of_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = importlib.import_module("engine")
+    monkeypatch.setattr(sys, "argv", ["engine.py", "--profile", "8"])
+    with pytest.raises(SystemExit, match=r"^--profile: only what runs on a card"):
+        engine.arguments()
+    monkeypatch.setattr(sys, "argv", ["engine.py", "--profile", "8", "--device", "cuda"])
+    assert engine.arguments().profile == 8
+
+
 @pytest.mark.parametrize(
     ("own", "level", "able"),
     [("amx", "avx512bf16", False), ("avx2", "avx2", True), ("avx512", None, True)],

@@ -22,6 +22,8 @@ from producer.status import JobView, job_view, worker_views
 from tests.commands.invoking import CommandLine, environment
 from tests.conftest import wait_until
 
+RAGGED = [*range(10, 305, 5), 1500]
+"""Lengths of sixty outputs: they end one after the other, and the last one goes on for seconds."""
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.acceptance.conftest import Fleet, kill_9, write_jsonl
+from tests.acceptance.conftest import RAGGED, Fleet, kill_9, write_jsonl
 from tests.commands.invoking import CommandLine
 from tests.conftest import start_redis, wait_until
 
@@ -20,8 +20,7 @@ def _every_row_once(fleet: Fleet, job: str, count: int) -> None:
 
 
 def test_worker_killed_with_9_in_the_middle(fleet: Fleet, tmp_path: Path) -> None:
-    lengths = [10 + 5 * number for number in range(60)]
-    rows = [{"prompt": "Once upon a time", "max_tokens": length} for length in lengths]
+    rows = [{"prompt": "Once upon a time", "max_tokens": length} for length in RAGGED]
     path = write_jsonl(tmp_path / "ragged.jsonl", rows)
     (victim,) = fleet.start_workers(1)
     job = fleet.submit(path, "--ignore-eos")
@@ -34,8 +33,8 @@ def test_worker_killed_with_9_in_the_middle(fleet: Fleet, tmp_path: Path) -> Non
     assert (view["state"], view["done"], view["failed"]) == ("completed", 60, 0)
     _every_row_once(fleet, job, 60)
     after = fleet.results(job)
-    assert [row["completion_tokens"] for row in after] == lengths
-    assert view["completion_tokens"] == sum(lengths)
+    assert [row["completion_tokens"] for row in after] == RAGGED
+    assert view["completion_tokens"] == sum(RAGGED)
     assert {row["index"]: row for row in after if row["index"] in saved} == saved
 
 

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import text
 
 from models.database import Database
-from tests.acceptance.conftest import DATA, Fleet, write_jsonl
+from tests.acceptance.conftest import DATA, RAGGED, Fleet, write_jsonl
 from tests.conftest import wait_until
 
 TOKENS = "64"
@@ -108,15 +108,14 @@ def _stored_with_provenance(url: str, job: str, count: int) -> None:
 
 
 def test_results_are_readable_while_the_job_runs(embedded: Fleet, tmp_path: Path) -> None:
-    lengths = [10 + 5 * number for number in range(60)]
-    ragged = [{"prompt": "Once upon a time", "max_tokens": length} for length in lengths]
+    ragged = [{"prompt": "Once upon a time", "max_tokens": length} for length in RAGGED]
     job = embedded.submit(write_jsonl(tmp_path / "ragged.jsonl", ragged), "--ignore-eos")
     embedded.start_workers(1)
     wait_until(lambda: embedded.view(job).done > 0, seconds=60, what="a first saved row")
     rows = embedded.results(job)
     assert 0 < len(rows) < 60
     assert [row["index"] for row in rows] == sorted(row["index"] for row in rows)
-    assert all(row["completion_tokens"] == lengths[row["index"]] for row in rows)
+    assert all(row["completion_tokens"] == RAGGED[row["index"]] for row in rows)
     assert embedded.wait(job)["done"] == 60
 
 
