@@ -88,7 +88,7 @@ template <class E>
 static inline int chunk_of(int rows, int panels, int threads) {
     constexpr int ROWS = Tiles<E>::ROWS;
     int chunks = (rows + CHUNK<E> - 1) / CHUNK<E>;
-    while (threads > 1 && chunks * panels < 8 * threads && rows / (chunks + 1) >= 2 * ROWS) ++chunks;
+    while (threads > 1 && chunks * panels < 8 * threads && rows / (chunks + 1) >= Tiles<E>::LEAST) ++chunks;
     const int chunk = (rows + chunks - 1) / chunks;
     return (chunk + ROWS - 1) / ROWS * ROWS;
 }

@@ -53,10 +53,11 @@ static __attribute__((noinline)) void tile(const typename E::T* panel, const typ
         for (int c = 0; c < COLUMNS; ++c) store(partial + r * PANEL + c * LANES, sums[r][c]);
 }
 
-// Tiles of up to ROWS rows. Whoever works on a panel has one of these for all of its tiles.
+// Tiles of up to ROWS rows. Whoever works on a panel has one of these for all of its tiles; with fewer
+// than LEAST rows too much of the time goes into reading the panel.
 template <class E>
 struct Tiles {
-    static constexpr int ROWS = TILE;
+    static constexpr int ROWS = TILE, LEAST = 2 * TILE;
 
     template <bool NEAR>
     void sum(int rows, const typename E::T* panel, const typename E::X* x, int stride, int begin, int end,
@@ -78,7 +79,7 @@ struct Tiles {
 // two halves of the rows by two vectors of outputs; or four vectors, where there are 16 rows or fewer.
 template <>
 struct Tiles<BFloat16> {
-    static constexpr int HALF = 16, ROWS = 2 * HALF;
+    static constexpr int HALF = 16, ROWS = 2 * HALF, LEAST = ROWS;
     using T = uint16_t;
 
     ~Tiles() { _tile_release(); }
@@ -95,8 +96,8 @@ struct Tiles<BFloat16> {
 
   private:
     static constexpr int DEEP = BFloat16::DEEP;
-    static constexpr int WIDE = PANEL * 4;       // bytes of a row of sums, and of a pair of a panel's inputs
-    static constexpr int VECTOR = LANES * 2;     // numbers of a vector of pairs
+    static constexpr int WIDE = PANEL * 4;    // bytes of a row of sums, and of two inputs of a panel
+    static constexpr int VECTOR = LANES * 2;  // numbers of a vector of pairs
     int configured = 0;
 
     // Registers 0 to 3: sums, 4 and 5: rows, 6 and 7: a panel.
@@ -114,7 +115,7 @@ struct Tiles<BFloat16> {
             shapes.bytes[i] = 64;
             shapes.rows[i] = (uint8_t)of[i];
         }
-        // GCC up to 12 takes the first bytes alone for what the instruction reads.
+        // Older GCCs take the first bytes alone for what the instruction reads (their bug 114098).
         __asm__ volatile("" : : "r"(&shapes) : "memory");
         _tile_loadconfig(&shapes);
         configured = rows;
