@@ -115,7 +115,7 @@ struct Tiles<BFloat16> {
             shapes.bytes[i] = 64;
             shapes.rows[i] = (uint8_t)of[i];
         }
-        // Older GCCs take the first bytes alone for what the instruction reads (their bug 114098).
+        // GCC 11 and 12 take the first eight bytes for all that the instruction reads.
         __asm__ volatile("" : : "r"(&shapes) : "memory");
         _tile_loadconfig(&shapes);
         configured = rows;
