@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from worker.engine.weights import (
 
 ROW_MULTIPLE = 16
 """Rows of a step are padded to a multiple of it: then matrix products of libraries for the CPU
-give a row the same bits whatever the number of rows."""
+give a row the same bits whatever the number of rows, up to some number."""
+_ROWS_TRIED = 256
 
 
 class TorchRunner:
@@ -169,13 +170,15 @@ class _Linear:
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """[rows, in] to [rows, out]."""
-        if self._packed:
-            return _packed_linear(rows, self._weight, self._bias)
         if rows.device.type != "cpu":
             return functional.linear(rows, self._weight, self._bias)
+        product: Callable[..., torch.Tensor] = _packed_linear if self._packed else functional.linear
         # MKL sums in another order for other numbers of rows, on Intel's CPUs: so always as many.
-        parts = torch.split(rows, ROW_MULTIPLE)
-        return torch.cat([functional.linear(part, self._weight, self._bias) for part in parts])
+        most = _packed_rows(rows.dtype) if self._packed else ROW_MULTIPLE
+        if len(rows) <= most:
+            return product(rows, self._weight, self._bias)
+        parts = torch.split(rows, most)
+        return torch.cat([product(part, self._weight, self._bias) for part in parts])
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:
@@ -188,6 +191,24 @@ def _packed_linear(
 ) -> torch.Tensor:
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return out
+
+
+@functools.cache
+def _packed_rows(dtype: torch.dtype) -> int:
+    """How many rows a packed product may have, at most, for none to depend on their number: by AMX
+    oneDNN sums in another order from 48 rows on."""
+    given = torch.Generator().manual_seed(0)
+    most = _ROWS_TRIED
+    for outputs, inputs in ((512, 512), (576, 1536)):
+        weight = _pack(torch.randn(outputs, inputs, generator=given).to(dtype))
+        rows = torch.randn(_ROWS_TRIED, inputs, generator=given).to(dtype)
+        parts = torch.split(rows, ROW_MULTIPLE)
+        wanted = torch.cat([_packed_linear(part, weight, None) for part in parts])
+        for count in range(2 * ROW_MULTIPLE, most + 1, ROW_MULTIPLE):
+            if not torch.equal(_packed_linear(rows[:count], weight, None), wanted[:count]):
+                most = count - ROW_MULTIPLE
+                break
+    return most
 
 
 @functools.cache

@@ -239,6 +239,8 @@ def alone(runner: TorchRunner, tokens: Sequence[int], monkeypatch: pytest.Monkey
     return hidden_rows(runner, Plan([Span(sample, 0, len(tokens))]), monkeypatch)[0]
 
 
+WIDE = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "intermediate_size": 1536, "num_hidden_layers": 2}  # fmt: skip
 COMPANY = {
     "float32": (tiny_llama, torch.float32),
     "bfloat16": (tiny_llama, torch.bfloat16),
@@ -246,11 +248,8 @@ COMPANY = {
     "a group of three, bfloat16": (MODELS["a group of three"], torch.bfloat16),
     "one key-value head": (MODELS["many heads to one"], torch.float32),
     "a head each": (MODELS["a head each"], torch.float32),
-    "wide": (
-        lambda: tiny_llama(hidden_size=576, num_attention_heads=9, num_key_value_heads=3,
-                           intermediate_size=1536, num_hidden_layers=2),
-        torch.float32,
-    ),
+    "wide": (lambda: tiny_llama(**WIDE), torch.float32),
+    "wide, bfloat16": (lambda: tiny_llama(**WIDE), torch.bfloat16),
     "tied": (lambda: tiny_llama(tie_word_embeddings=True), torch.float32),
     "qwen3": (MODELS["qwen3"], torch.float32),
 }  # fmt: skip
