@@ -148,6 +148,17 @@ class Fleet:
     def logs(self) -> str:
         return "\n".join(map(self.log, self.processes))
 
+    def wait_for_holders(self, workers: Sequence[Process]) -> list[Process]:
+        """Waits until some of these workers are in the middle of chunks; which ones."""
+        holders: list[Process] = []
+
+        def some_hold_chunks() -> bool:
+            holders[:] = [worker for worker in workers if self.owed_by(worker)]
+            return bool(holders)
+
+        wait_until(some_hold_chunks, seconds=60, what="a worker in the middle of a chunk")
+        return holders
+
     def kill_9(self, process: Process) -> None:
         """Kills a worker and remembers what it owed, and what was saved."""
         hit = self.owed_by(process)

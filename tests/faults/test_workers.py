@@ -16,7 +16,7 @@ from models.base import db_now
 from models.job import Chunk, Job, Result
 from models.worker import Worker
 from tests.conftest import wait_until
-from tests.faults.conftest import PROMPTS, Fleet, Process
+from tests.faults.conftest import PROMPTS, Fleet
 
 MANY = [f"prompt {number}" for number in range(160)]
 RAGGED = [4 + 7 * number % 25 for number in range(160)]
@@ -36,13 +36,7 @@ def _kill_at_random(fleet: Fleet, kills: int, seed: int) -> None:
     for _ in range(kills):
         if job is None or fleet.done(job) > len(MANY) // 2:
             job = fleet.submit(MANY, max_tokens=RAGGED, chunk_size=8)
-        victims: list[Process] = []
-
-        def some_hold_chunks(victims: list[Process] = victims) -> bool:
-            victims[:] = [worker for worker in workers if fleet.owed_by(worker)]
-            return bool(victims)
-
-        wait_until(some_hold_chunks, seconds=60, what="a worker in the middle of a chunk")
+        victims = fleet.wait_for_holders(workers)
         time.sleep(moments.uniform(0.0, 0.2))
         victim = moments.choice(victims)
         fleet.kill_9(victim)
