@@ -228,8 +228,15 @@ def test_the_database_is_away_for_a_while(
 
 
 def _beats(processes: Processes, count: int) -> None:
+    """Starts them, and waits until they can be told to stop in order."""
+    there = processes.logs().count("beat started")
     for _ in range(count):
         processes.start("beat")
+    wait_until(
+        lambda: processes.logs().count("beat started") == there + count,
+        seconds=40,
+        what="the beats' start",
+    )
 
 
 def test_two_beats_fire_and_end_a_schedule(tmp_path: Path) -> None:
