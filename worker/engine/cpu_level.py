@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
+
+log = logging.getLogger("nightherd.kernels")
 
 Level = Literal["amx", "avx512bf16", "avx512", "avx2", "plain"]
 
@@ -62,9 +65,8 @@ def machine_level(cpuinfo: Path = _CPUINFO) -> Level:
     """The best level of this machine; `cpuinfo` is for tests."""
     flags = set(_line("flags", cpuinfo).split())
     for level in LEVELS:
-        if {_IN_CPUINFO.get(name, name) for name in FEATURES[level]} <= flags:
-            if level == "amx" and not may_use_amx():
-                continue
+        there = {_IN_CPUINFO.get(name, name) for name in FEATURES[level]} <= flags
+        if there and (level != "amx" or may_use_amx()):
             return level
     return "plain"
 
@@ -76,7 +78,13 @@ def may_use_amx() -> bool:
     Linux before 5.16, or a sandbox, says no.
     """
     libc = ctypes.CDLL(None)
-    return bool(libc.syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0)
+    may = bool(libc.syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0)
+    if not may:
+        log.warning(
+            "Linux does not let this process use the CPU's AMX, without which bfloat16 is about "
+            "half as fast: it takes Linux 5.16, and a sandbox that allows arch_prctl"
+        )
+    return may
 
 
 def _vendor(cpuinfo: Path = _CPUINFO) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +51,20 @@ def test_amx_is_used_where_linux_lets_a_process(
     assert machine_level(path) == "avx512bf16"
     with pytest.raises(LibraryError, match="may not use AMX: set NIGHTHERD_CPU_LEVEL=avx512"):
         load_library(Kernels(kernels, "amx"))
+
+
+def test_a_refused_amx_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    libc = SimpleNamespace(syscall=lambda *numbers: -1)
+    monkeypatch.setattr(levels.ctypes, "CDLL", lambda name: libc)
+    levels.may_use_amx.cache_clear()
+    try:
+        assert [levels.may_use_amx(), levels.may_use_amx()] == [False, False]
+    finally:
+        levels.may_use_amx.cache_clear()
+    (record,) = caplog.records
+    assert "half as fast: it takes Linux 5.16" in record.getMessage()
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, level: Level, vendor: str) -> None:

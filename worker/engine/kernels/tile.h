@@ -130,14 +130,7 @@ struct Tiles<BFloat16> {
     template <bool NEAR>
     static __attribute__((noinline)) void low(const T* panel, const T* x, int stride, int begin, int end,
                                               float* partial, const Ahead<BFloat16>& ahead) {
-        if (begin) {
-            _tile_loadd(0, partial, WIDE);
-            _tile_loadd(1, partial + LANES, WIDE);
-            _tile_loadd(2, partial + 2 * LANES, WIDE);
-            _tile_loadd(3, partial + 3 * LANES, WIDE);
-        } else {
-            clear();
-        }
+        start(begin, partial, partial + 2 * LANES);
         for (int i = begin; i < end; i += DEEP) {
             const T* w = panel + (size_t)i * PANEL;
             _tile_loadd(4, x + i, stride * 2);
@@ -152,10 +145,7 @@ struct Tiles<BFloat16> {
             _tile_dpbf16ps(2, 4, 6);
             _tile_dpbf16ps(3, 4, 7);
         }
-        _tile_stored(0, partial, WIDE);
-        _tile_stored(1, partial + LANES, WIDE);
-        _tile_stored(2, partial + 2 * LANES, WIDE);
-        _tile_stored(3, partial + 3 * LANES, WIDE);
+        finish(partial, partial + 2 * LANES);
     }
 
     template <bool NEAR>
@@ -163,14 +153,7 @@ struct Tiles<BFloat16> {
                                                float* partial, const Ahead<BFloat16>& ahead) {
         for (int part = 0; part < 2; ++part, panel += 2 * VECTOR, partial += 2 * LANES) {
             float* lower = partial + HALF * PANEL;
-            if (begin) {
-                _tile_loadd(0, partial, WIDE);
-                _tile_loadd(1, partial + LANES, WIDE);
-                _tile_loadd(2, lower, WIDE);
-                _tile_loadd(3, lower + LANES, WIDE);
-            } else {
-                clear();
-            }
+            start(begin, partial, lower);
             for (int i = begin; i < end; i += DEEP) {
                 const T* w = panel + (size_t)i * PANEL;
                 _tile_loadd(4, x + i, stride * 2);
@@ -183,18 +166,30 @@ struct Tiles<BFloat16> {
                 _tile_dpbf16ps(2, 5, 6);
                 _tile_dpbf16ps(3, 5, 7);
             }
-            _tile_stored(0, partial, WIDE);
-            _tile_stored(1, partial + LANES, WIDE);
-            _tile_stored(2, lower, WIDE);
-            _tile_stored(3, lower + LANES, WIDE);
+            finish(partial, lower);
         }
     }
 
-    static inline void clear() {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+    // The sums so far: two vectors of outputs at each of two places.
+    static inline void start(int begin, const float* first, const float* second) {
+        if (begin) {
+            _tile_loadd(0, first, WIDE);
+            _tile_loadd(1, first + LANES, WIDE);
+            _tile_loadd(2, second, WIDE);
+            _tile_loadd(3, second + LANES, WIDE);
+        } else {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    }
+
+    static inline void finish(float* first, float* second) {
+        _tile_stored(0, first, WIDE);
+        _tile_stored(1, first + LANES, WIDE);
+        _tile_stored(2, second, WIDE);
+        _tile_stored(3, second + LANES, WIDE);
     }
 };
 #endif
