@@ -11,7 +11,7 @@ ONE_BY_ONE := $(patsubst %,tests/worker/engine/test_%.py,build cpu_level cpu_sam
 	reference_faults tokens torch_runner)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults soak lint format docs peers clean
+.PHONY: help demo test kernels faults soak lint format docs peers clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,12 +47,15 @@ demo: $(VENV)/.run  ## Run the main job here: a file of prompts in, every result
 lint: $(VENV)/.dev  ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 	$(BIN)/lint-imports
 
 # The C kernels of all levels of this machine, once, where all tests find them.
-test: lint  ## Everything that must pass: lint and all tests
+kernels: $(VENV)/.dev
 	$(BIN)/python -P -m tests.kernels
+
+test: $(VENV)/.dev  ## Everything that must pass: lint and all tests
+	$(MAKE) --no-print-directory -j 2 lint kernels
 	$(BIN)/python -P -m pytest -n 2 --dist worksteal $(ONE_BY_ONE:%=--ignore=%)
 	$(BIN)/python -P -m pytest $(ONE_BY_ONE)
 
