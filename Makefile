@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 EXAMPLE := examples/prompts.jsonl
 DEMO_RESULTS := build/demo-results.jsonl
 comma := ,
-# Engines compute on all cores: their tests run one by one, all others two at once.
+# Engines compute on all cores: their tests run one by one, all others three at once, as they often wait.
 ONE_BY_ONE := $(patsubst %,tests/worker/engine/test_%.py,build cpu_level cpu_sampling engine isolation openmp \
 	reference_faults tokens torch_runner)
 
@@ -56,7 +56,7 @@ kernels: $(VENV)/.dev
 
 test: $(VENV)/.dev  ## Everything that must pass: lint and all tests
 	$(MAKE) --no-print-directory -j 2 lint kernels
-	$(BIN)/python -P -m pytest -n 2 --dist worksteal $(ONE_BY_ONE:%=--ignore=%)
+	$(BIN)/python -P -m pytest -n 3 --dist worksteal $(ONE_BY_ONE:%=--ignore=%)
 	$(BIN)/python -P -m pytest $(ONE_BY_ONE)
 
 faults: $(VENV)/.dev  ## Faults at length: hundreds of kills, outages, a poisonous request among a thousand

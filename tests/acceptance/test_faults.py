@@ -22,9 +22,9 @@ def _every_row_once(fleet: Fleet, job: str, count: int) -> None:
 def test_worker_killed_with_9_in_the_middle(fleet: Fleet, tmp_path: Path) -> None:
     rows = [{"prompt": "Once upon a time", "max_tokens": length} for length in RAGGED]
     path = write_jsonl(tmp_path / "ragged.jsonl", rows)
-    (victim,) = fleet.start_workers(1)
     job = fleet.submit(path, "--ignore-eos")
-    wait_until(lambda: fleet.view(job).done > 0, seconds=60, what="a first saved row")
+    victim = fleet.start("worker", "--checkpoint", "demo", "--device", "cpu")
+    wait_until(lambda: fleet.view(job).done > 0, seconds=90, what="a first saved row")
     kill_9(victim)
     saved = {row["index"]: row for row in fleet.results(job)}
     assert 0 < len(saved) < 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,12 @@ def _stored_with_provenance(url: str, job: str, count: int) -> None:
 def test_results_are_readable_while_the_job_runs(embedded: Fleet, tmp_path: Path) -> None:
     ragged = [{"prompt": "Once upon a time", "max_tokens": length} for length in RAGGED]
     job = embedded.submit(write_jsonl(tmp_path / "ragged.jsonl", ragged), "--ignore-eos")
-    embedded.start_workers(1)
-    wait_until(lambda: embedded.view(job).done > 0, seconds=60, what="a first saved row")
+    worker = embedded.start("worker", "--checkpoint", "demo", "--device", "cpu")
+    wait_until(lambda: embedded.view(job).done > 0, seconds=90, what="a first saved row")
+    # However long the command takes to start, the job runs.
+    worker.send_signal(signal.SIGSTOP)
     rows = embedded.results(job)
+    worker.send_signal(signal.SIGCONT)
     assert 0 < len(rows) < 60
     assert [row["index"] for row in rows] == sorted(row["index"] for row in rows)
     assert all(row["completion_tokens"] == RAGGED[row["index"]] for row in rows)

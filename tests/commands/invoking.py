@@ -79,7 +79,7 @@ def environment(home: Path, **settings: object) -> dict[str, str]:
         "save_seconds": 0.2,
         "database_patience": 3,
         "slots": 4,
-        # Two tests run at once, each with workers of its own.
+        # Several tests run at once, each with workers of its own.
         "threads": 1,
         **settings,
     }
