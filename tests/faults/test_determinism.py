@@ -66,10 +66,11 @@ def _file(processes: Fleet, job: str) -> bytes:
 def _the_same_bytes_with(processes: Fleet, kills: int, *, rows: int, tokens: int) -> None:
     moments = random.Random(kills)
     path = _prompts(processes.folder, rows)
-    workers = processes.start_workers(2)
-    undisturbed = processes.submit(path, *SAMPLED, str(tokens))
-    assert processes.wait(undisturbed)["state"] == "completed"
+    # Both are there before a worker is: the second begins as soon as the first has ended.
+    undisturbed = processes.submit(path, *SAMPLED, str(tokens), "--priority", "1")
     job = processes.submit(path, *SAMPLED, str(tokens))
+    workers = processes.start_workers(2)
+    wait_until(lambda: not processes.view(undisturbed).open, seconds=120, what="the first's end")
 
     def in_the_middle() -> bool:
         view = processes.view(job)
@@ -82,7 +83,8 @@ def _the_same_bytes_with(processes: Fleet, kills: int, *, rows: int, tokens: int
         kill_9(victim)
         assert processes.view(job).open, "the kills come too late to show anything"
         workers.append(processes.start("worker", "--checkpoint", "demo", "--device", "cpu"))
-    assert processes.wait(job)["state"] == "completed"
+    for each in (undisturbed, job):
+        assert processes.wait(each)["state"] == "completed"
     expected = _file(processes, undisturbed)
     assert expected.count(b"\n") == rows * 3 // 2
     assert _file(processes, job) == expected

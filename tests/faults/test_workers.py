@@ -145,7 +145,7 @@ def test_sigterm_then_kill9_during_drain(fleet: Fleet, place: str, deaths: int) 
         fleet.start(ready=False, step_seconds=0.01),
     )
     fleet.wait_until_ready(*fleet.processes)
-    job = fleet.submit(MANY[:32], max_tokens=60)
+    job = fleet.submit(MANY[:32], max_tokens=300)
     wait_until(
         lambda: fleet.chunks(job).count("running") == 8, seconds=30, what="both in the middle"
     )
