@@ -52,7 +52,7 @@ def test_cancel_mid_chunk_aborts_what_runs(fleet: Fleet) -> None:
 
 def test_pause_and_resume_mid_chunk(fleet: Fleet) -> None:
     fleet.start_many(2, step_seconds=0.01, max_sequences=10)
-    job = fleet.submit([f"prompt {number}" for number in range(80)], max_tokens=40)
+    job = fleet.submit([f"prompt {number}" for number in range(80)], max_tokens=80)
     _in_the_middle(fleet, job, slots=8)
     fleet.act(jobs.pause, job)
     paused = time.monotonic()

@@ -70,7 +70,7 @@ def test_embedded_broker_kill9(embedded: Workplace, times: int) -> None:
 def test_all_are_killed9_and_leave_a_stale_socket_and_stale_locks(embedded: Workplace) -> None:
     worker = embedded.start(step_seconds=0.02)
     broker = _broker(embedded)
-    job = store_job(embedded.database, PROMPTS[:16], chunk_size=4, params={"max_tokens": 50})
+    job = store_job(embedded.database, PROMPTS[:16], chunk_size=4, params={"max_tokens": 150})
     wait_until(lambda: embedded.chunks(job).count("running") == 4, what="four claimed chunks")
     server = _pid(broker)
     kill_9(worker)

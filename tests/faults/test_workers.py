@@ -272,7 +272,7 @@ def test_clock_skew(postgresql_fleet: Fleet, skewed_clock: Path) -> None:
     fleet.wait_until_ready(early, late)
     hours = {fleet.log(worker).split("Z ", 1)[0][:16] for worker in (early, late)}
     assert len(hours) == 2, "their logs tell different times"
-    first = fleet.submit(MANY[:64], max_tokens=60)
+    first = fleet.submit(MANY[:64], max_tokens=200)
     wait_until(lambda: bool(fleet.owed_by(early)), seconds=30)
     wait_until(lambda: bool(fleet.owed_by(late)), seconds=30)
     assert fleet.is_clean().recomputed == 0
@@ -283,7 +283,7 @@ def test_clock_skew(postgresql_fleet: Fleet, skewed_clock: Path) -> None:
     )  # fmt: skip
     assert fleet.column(outside) == [0], "times of results are the database's"
     # A death is noticed after a lease of the database's seconds, not minutes early or late.
-    fleet.submit(MANY[:64], max_tokens=60)
+    fleet.submit(MANY[:64], max_tokens=200)
     wait_until(lambda: bool(fleet.owed_by(early)), seconds=30)
     fleet.kill_9(early)
     verdict = fleet.is_clean(seconds=30)
