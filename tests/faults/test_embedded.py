@@ -81,7 +81,7 @@ def test_all_are_killed9_and_leave_a_stale_socket_and_stale_locks(embedded: Work
     assert any(path.is_socket() for path in broker._folder.iterdir())
     heir = embedded.start()
     embedded.wait_for_end(job)
-    embedded.check_complete(job, PROMPTS[:16], max_tokens=50)
+    embedded.check_complete(job, PROMPTS[:16], max_tokens=150)
     heir.terminate()
     assert heir.wait(20) == 0
     assert not broker.is_alive()
