@@ -122,6 +122,7 @@ class Preparer:
             make_stop_check=self._stop_checks(params, tail),
             make_grammar=make_grammar,
             priority=claim.priority,
+            job=claim.job_id,
         )
         return Prepared(
             index=request.index,

@@ -187,10 +187,11 @@ def test_each_sample_has_its_own_check_for_stop_strings() -> None:
     assert _one().engine_request.make_stop_check is None  # type: ignore[union-attr]
 
 
-def test_the_jobs_priority_goes_with_its_requests() -> None:
-    request = _one(priority=5).engine_request
+def test_the_job_and_its_priority_go_with_its_requests() -> None:
+    request = _one(priority=5, job_id="0job").engine_request
     assert request is not None
     assert request.priority == 5
+    assert request.job == "0job"
 
 
 def test_a_structure_becomes_a_grammar_for_each_sample() -> None:

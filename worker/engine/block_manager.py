@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from worker.engine.sequence import Sequence
 
@@ -16,6 +17,14 @@ _Key = tuple[int, tuple[int, ...]]
 """(the chain so far, the block's own tokens): equal exactly when the content is."""
 
 _ROOT = 0
+
+
+class Match(NamedTuple):
+    """Blocks of a new sequence's beginning that are in the cache."""
+
+    blocks: list[int]
+    idle: int
+    """How many of them nobody has now."""
 
 
 class BlockManager:
@@ -33,6 +42,8 @@ class BlockManager:
         self._idle: OrderedDict[int, None] = OrderedDict()
         """Published and unused, the least recently used first."""
         self._next_chain = _ROOT + 1
+        self.held = 0
+        """Blocks of all sequences, those that several share counted for each."""
         self.hit_tokens = 0
         """Positions that admitted sequences found in the cache, over all time."""
 
@@ -41,18 +52,20 @@ class BlockManager:
         """Blocks that can be handed out now."""
         return len(self._free) + len(self._idle)
 
+    @property
+    def used(self) -> int:
+        """Blocks that sequences have."""
+        return self.num_blocks - self.available
+
     def blocks_for(self, length: int) -> int:
         """Blocks that `length` positions take."""
         return -(-length // self.block_size)
 
-    def match(self, sequence: Sequence) -> int:
-        """How many of a new sequence's positions are in the cache: a multiple of the block size.
+    def match(self, sequence: Sequence) -> Match:
+        """What a new sequence's beginning has in the cache.
 
-        At most `length - 1`: the last position must be computed to choose what follows.
+        At most `length - 1` positions: the last must be computed to choose what follows.
         """
-        return len(self._matching(sequence)) * self.block_size
-
-    def _matching(self, sequence: Sequence) -> list[int]:
         found: list[int] = []
         chain = _ROOT
         for start in range(0, sequence.length - self.block_size, self.block_size):
@@ -62,24 +75,23 @@ class BlockManager:
                 break
             found.append(block)
             chain = self._chain_of[key]
-        return found
+        return Match(found, sum(block in self._idle for block in found))
 
-    def fits(self, sequence: Sequence, length: int, *, reserve: int = 0) -> bool:
-        """Whether a new sequence could have blocks for `length` positions, leaving `reserve`."""
-        found = self._matching(sequence)
-        shared_idle = sum(block in self._idle for block in found)
-        needed = self.blocks_for(length) - len(found)
-        return needed + shared_idle + reserve <= self.available
+    def fits(self, length: int, match: Match) -> bool:
+        """Whether a new sequence could have blocks for `length` positions now."""
+        needed = self.blocks_for(length) - len(match.blocks)
+        return needed + match.idle <= self.available
 
-    def admit(self, sequence: Sequence) -> None:
+    def admit(self, sequence: Sequence, match: Match | None = None) -> None:
         """Gives a new sequence the cached blocks of its beginning; they count as computed."""
-        for block in self._matching(sequence):
+        for block in (match or self.match(sequence)).blocks:
             key = self._key[block]
             if key is None:
                 raise AssertionError(f"block {block} is published without content")
             self._take(block)
             sequence.block_ids.append(block)
             sequence.chain.append(self._chain_of[key])
+        self.held += len(sequence.block_ids)
         sequence.computed = len(sequence.block_ids) * self.block_size
         self.hit_tokens += sequence.computed
 
@@ -92,7 +104,16 @@ class BlockManager:
             block = self._free.pop() if self._free else self._evict()
             self._users[block] = 1
             sequence.block_ids.append(block)
+        self.held += max(0, missing)
         return True
+
+    def shared(self, sequence: Sequence) -> int:
+        """How many of a sequence's first blocks others have too."""
+        users = self._users
+        for place, block in enumerate(sequence.block_ids):
+            if users[block] == 1:
+                return place
+        return len(sequence.block_ids)
 
     def publish(self, sequence: Sequence, computed: int) -> None:
         """Lets others share the full blocks within `[0, computed)`.
@@ -117,6 +138,7 @@ class BlockManager:
 
     def release(self, sequence: Sequence) -> None:
         """Takes all blocks back; the sequence has nothing computed any more."""
+        self.held -= len(sequence.block_ids)
         # The end of a chain is useless without its beginning, so it is evicted first.
         for block in reversed(sequence.block_ids):
             self._users[block] -= 1
@@ -153,6 +175,8 @@ class BlockManager:
     def check(self, sequences: Iterable[Sequence]) -> None:
         """Raises `AssertionError`, with the whole sum, if anything leaked. For tests."""
         users = Counter(block for sequence in sequences for block in sequence.block_ids)
+        if users.total() != self.held:
+            raise AssertionError(f"{self.held} blocks counted, {users.total()} held")
         used = sum(count > 0 for count in self._users)
         parts = f"free {len(self._free)} + used {used} + idle {len(self._idle)}"
         if len(self._free) + used + len(self._idle) != self.num_blocks:

@@ -252,8 +252,11 @@ class BatchEngine:
             for place, sample in enumerate(step.choosing):
                 sample.ahead -= 1
                 token, best = choices.token_ids[place], choices.best[place]
+                aborted = sample.done
                 if sample.take(token, best, choices.logprobs.get(place)):
                     ended.append(sample)
+                    if not aborted:
+                        self.scheduler.ended(sample)
             if ended:
                 self._let_go(ended)
             self._end_step()

@@ -74,6 +74,8 @@ class EngineRequest:
     """Makes one grammar a sample; None: any token may come."""
     priority: int = 0
     """Higher runs first."""
+    job: str = ""
+    """Whose outputs are of like length: what those were tells how much memory this one may need."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nightherd.params import SamplingParams
+from tests.engines import careless
 from worker.engine.block_manager import BlockManager
 from worker.engine.interface import EngineRequest
 from worker.engine.scheduler import Plan, Scheduler
@@ -98,6 +99,7 @@ prompts = st.lists(st.integers(0, 2), min_size=1, max_size=30)
     st.integers(1, 6),
     st.integers(0, 12),
     st.booleans(),
+    st.booleans(),
 )
 def test_any_mix_generates_what_each_would_alone(
     mix: list[tuple[list[int], int, int]],
@@ -106,9 +108,12 @@ def test_any_mix_generates_what_each_would_alone(
     max_sequences: int,
     more_budget: int,
     prefix_cache: bool,
+    foresees: bool,
 ) -> None:
     manager = BlockManager(blocks, block_size, prefix_cache=prefix_cache)
     scheduler = Scheduler(manager, max_sequences=max_sequences, budget=max_sequences + more_budget)
+    if not foresees:
+        careless(scheduler)
     all_of_them = [
         make(order, prompt, priority, count) for order, (prompt, priority, count) in enumerate(mix)
     ]
@@ -162,6 +167,7 @@ def test_a_common_beginning_is_computed_once_even_within_one_step() -> None:
 def test_the_newest_is_preempted_and_keeps_what_it_generated() -> None:
     manager = BlockManager(4, 2)
     scheduler = Scheduler(manager, max_sequences=2, budget=8)
+    careless(scheduler)
     old, new = make(0, [1, 2, 3]), make(1, [4])
     scheduler.add(old)
     scheduler.add(new)
@@ -225,6 +231,9 @@ def test_a_leak_is_reported_with_the_whole_sum() -> None:
     sequence = make(0, [1, 2, 3])
     manager.admit(sequence)
     manager.extend(sequence, 3)
+    with pytest.raises(AssertionError, match="2 blocks counted, 0 held"):
+        manager.check([])
+    manager.held = 0
     with pytest.raises(AssertionError, match=r"free 6 \+ used 2 \+ idle 0"):
         manager.check([])
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import tiny_llama
-from tests.engines import VOCAB, ask
+from tests.engines import VOCAB, ask, careless
 from tests.worker.engine.cuda.test_cuda_runner import fake_capture
 from worker.engine import cuda_groups
 from worker.engine.block_manager import BlockManager
@@ -221,6 +221,7 @@ def answers(kernels: Any, requests: list[Any], rounds: int = 1, **given: Any) ->
     runner.make_cache(given.get("blocks", 80))
     manager = BlockManager(runner.num_blocks, BLOCK)
     scheduler = Scheduler(manager, max_sequences=runner._max_sequences, budget=256, apart=True)
+    careless(scheduler)
     engine = BatchEngine(runner, scheduler, 256)
     engine.start()
     try:
