@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 EXAMPLE := examples/prompts.jsonl
 DEMO_RESULTS := build/demo-results.jsonl
+# The version on cards' machines: the kernels must compile by that one too, not only by that of constraints.txt.
+TRITON := 3.6.0
 comma := ,
 # Engines compute on all cores: their tests run one by one, all others three at once, as they often wait.
 ONE_BY_ONE := $(patsubst %,tests/worker/engine/test_%.py,build cpu_level cpu_sampling engine isolation openmp \
 	reference_faults tokens torch_runner)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test kernels faults soak lint format docs peers clean
+.PHONY: help demo test kernels triton cards faults soak lint format docs peers clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,8 +56,23 @@ lint: $(VENV)/.dev  ## ruff, mypy --strict, import contracts
 kernels: $(VENV)/.dev
 	$(BIN)/python -P -m tests.kernels
 
+build/triton-$(TRITON)/.installed: | $(VENV)/.dev
+	@echo 'fetching triton $(TRITON)'
+	@$(PIP) install --quiet --no-compile --no-deps --upgrade --target $(@D) triton==$(TRITON)
+	@touch $@
+
+# Triton is for Linux on x86-64, here.
+ifeq ($(shell uname -sm),Linux x86_64)
+triton: build/triton-$(TRITON)/.installed
+else
+triton:
+endif
+
+cards: triton  ## Compile every kernel for cards that are not there, by cards' version of Triton
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python benchmarks/gpu/compiled.py --capability 80,90
+
 test: $(VENV)/.dev  ## Everything that must pass: lint and all tests
-	$(MAKE) --no-print-directory -j 2 lint kernels
+	$(MAKE) --no-print-directory -j 2 lint kernels triton
 	$(BIN)/python -P -m pytest -n 3 --dist worksteal $(ONE_BY_ONE:%=--ignore=%)
 	$(BIN)/python -P -m pytest $(ONE_BY_ONE)
 

@@ -17,8 +17,8 @@ from workloads import Request, shared_tokens
 
 PARTS = ("linears", "attention", "sampling", "rest")
 _KINDS = (
-    ("sampling", r"^_sample|^_mask$|argmax|topk|sort|multinomial|philox|distribution"),
-    ("attention", r"^_decode|^_join|flash|fmha|attention|sdpa|varlen|softmax|^_shared|^_merge"),
+    ("sampling", r"^_(sample|narrow|mask)|argmax|topk|sort|multinomial|philox|distribution"),
+    ("attention", r"^_(decode|join|attend)|flash|fmha|attention|sdpa|varlen|softmax"),
     ("linears", r"gemm|gemv|nvjet|xmma|cutlass|cublas|splitk|addmm|\bmm\b|matmul|linear"),
 )
 """Of a kernel's name, or of an operation's on a CPU; what fits none is `rest`."""
@@ -60,7 +60,7 @@ def milliseconds(work: Callable[[], object], repeats: int = 20, calls: int = 1) 
     times = []
     for _ in range(repeats):
         if has_card():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
             work()
             end.record()
@@ -70,7 +70,7 @@ def milliseconds(work: Callable[[], object], repeats: int = 20, calls: int = 1) 
             started = time.perf_counter()
             work()
             times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times) / calls
+    return float(statistics.median(times)) / calls
 
 
 def limits() -> dict[str, float]:
@@ -93,7 +93,7 @@ def linear_flops(name: str, shape: Shape, requests: Sequence[Request]) -> int:
     rows = sum(len(request["prompt"]) + request["out"] - 1 for request in requests)
     outputs = sum(request["out"] for request in requests)
     rows -= shared_tokens(name, requests)
-    return 2 * (rows * shape.layer_weights + outputs * shape.output_weights)
+    return int(2 * (rows * shape.layer_weights + outputs * shape.output_weights))
 
 
 def least_seconds(
@@ -112,7 +112,7 @@ def least_seconds(
     read -= shared_tokens(name, requests) * mean
     # A copy reads and writes: its rate is that of bytes moved.
     seconds = read * shape.kv_bytes_per_token(itemsize) / rates["copy_bytes_per_second"]
-    return flops / rates["matrix_flops"] + seconds
+    return float(flops / rates["matrix_flops"] + seconds)
 
 
 def part_of(kernel: str) -> str:

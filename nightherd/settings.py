@@ -117,21 +117,22 @@ class Settings(BaseModel):
     max_batch: int | None = Field(
         default=None,
         ge=1,
-        description="Sequences that a worker runs at once; by default 128 on a CPU, 256 on a GPU, "
+        description="Sequences that a worker runs at once; by default 128 on a CPU, 512 on a GPU, "
         "32 with generate.",
     )
     token_budget: int | None = Field(
         default=None,
         ge=1,
         description="Rows of one step, at most: those that decode, and prompts beside them; by "
-        "default 256 on a CPU, 2048 on a GPU.",
+        "default 256 on a CPU, 8192 on a GPU.",
     )
     kv_memory: int | None = Field(
         default=None,
         ge=1,
         description="Memory of the KV cache, as `2GiB`, taken when a worker starts; by default it "
-        "grows as it is needed, on a CPU to a quarter of what is free and at most 4 GiB, and is "
-        "four fifths of what is free on a GPU.",
+        "grows as it is needed, on a CPU to a quarter of what is free and at most 4 GiB, and on a "
+        "GPU is 92 % of the card less what the weights, the largest steps and CUDA graphs take; "
+        "with plain torch four fifths of what is free.",
     )
     threads: int | None = Field(
         default=None,

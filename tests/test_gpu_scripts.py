@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -13,38 +15,161 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-OURS = ("card", "common", "machine", "shapes", "workloads", "driving", "drive_transformers_cb")
+GPU = BENCHMARKS / "gpu"
+KERNELS = BENCHMARKS.parent / "worker" / "engine" / "triton_kernels"
 
 
 @pytest.fixture(autouse=True)
 def _paths(monkeypatch: pytest.MonkeyPatch) -> Any:
     """As when a script of one of those folders is started; afterwards nothing of it is left."""
-    for folder in (BENCHMARKS, BENCHMARKS / "gpu", BENCHMARKS / "peers"):
+    for folder in (BENCHMARKS, GPU, BENCHMARKS / "peers"):
         monkeypatch.syspath_prepend(str(folder))
+    before = {*sys.modules}
     yield
-    for name in OURS:
-        sys.modules.pop(name, None)
+    for name in {*sys.modules} - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
+            del sys.modules[name]
 
 
-@pytest.mark.parametrize("script", ["kernels", "decode", "figure"])
-def test_a_script_runs_dry(
-    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("OUT", str(tmp_path))
-    path = str(BENCHMARKS / "gpu" / f"{script}.py")
-    monkeypatch.setattr(sys, "argv", [path, "--dry"])
-    runpy.run_path(path, run_name="__main__")
-    (written,) = tmp_path.iterdir()
-    made = json.loads(written.read_text())
+class Script:
+    """A script run dry, in this process; `writes` are all states of its JSON."""
+
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self._folder, self._monkeypatch, self._capsys = folder, monkeypatch, capsys
+        monkeypatch.setenv("OUT", str(folder))
+        self.writes: list[dict[str, Any]] = []
+        self.common = importlib.import_module("common")
+        write = self.common.write
+
+        def noted(file: Path, found: Any) -> None:
+            self.writes.append(json.loads(json.dumps(found)))
+            write(file, found)
+
+        monkeypatch.setattr(self.common, "write", noted)
+
+    def run(self, name: str, *options: str) -> tuple[dict[str, Any], str]:
+        """What it wrote, and said."""
+        path = str(GPU / f"{name}.py")
+        self._monkeypatch.setattr(sys, "argv", [path, "--dry", *options])
+        try:
+            runpy.run_path(path, run_name="__main__")
+        finally:
+            self.said = self._capsys.readouterr().out
+        (written,) = self._folder.iterdir()
+        made = json.loads(written.read_text())
+        assert made == json.loads(self.said.splitlines()[-1]) == self.writes[-1]
+        return made, self.said
+
+    def stopped(self, name: str, *options: str) -> tuple[dict[str, Any], str]:
+        """Likewise, of one that must have stopped, with the exit code that says so."""
+        with pytest.raises(SystemExit) as ended:
+            self.run(name, *options)
+        assert ended.value.code == self.common.STOPPED
+        made = self.writes[-1]
+        assert made["stopped"] == str(ended.value)
+        assert f"STOP: {made['stopped']}\n" in self.said
+        return made, self.said
+
+
+@pytest.fixture
+def script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Script:
+    return Script(tmp_path, monkeypatch, capsys)
+
+
+def test_kernels_run_dry(script: Script) -> None:
+    made, _ = script.run("kernels")
     assert "failed" not in made
-    assert made == json.loads(capsys.readouterr().out.splitlines()[-1])
-    if script == "decode":
-        assert made["float32_tokens_equal"] == 1
-        assert 0 < made["bf16_error"]["mean_ratio"] <= 1.5
-        assert sum(made["steps"][0]["where"]["parts"].values()) == pytest.approx(1)
-    if script == "figure":
-        assert made["engine"] == "cuda"
-        assert made["share_of_floor"] > 0
+    # Each piece was there before the next began.
+    counts = [len(state.get("decode", [])) for state in script.writes]
+    assert {*range(len(made["decode"]) + 1)} == {*counts}
+    assert len(made["decode"]) == 6
+    assert any("groups" in state and "sampling" not in state for state in script.writes)
+    assert {one["kernel"] for one in made["small"]} == {
+        "rms_norm",
+        "silu_mul",
+        "rotate_and_write",
+    }
+
+
+def test_decode_runs_dry(script: Script) -> None:
+    made, _ = script.run("decode")
+    assert "failed" not in made
+    assert made["engine"] == "cuda"
+    assert made["float32_tokens_equal"] == 1
+    assert 0 < made["bf16_error"]["mean_ratio"] <= 1.5
+    assert sum(made["steps"][0]["where"]["parts"].values()) == pytest.approx(1)
+    assert all(step["captured"] for step in made["steps"])
+    assert any(state.get("steps") and "where" not in state["steps"][-1] for state in script.writes)
+
+
+def test_figure_runs_dry(script: Script) -> None:
+    """The rounds are kept before the next begins, and before what may fail on a card."""
+    made, said = script.run("figure", "--name", "mine")
+    assert "failed" not in made
+    assert (made["engine"], made["lacks"], made["warnings"]) == ("cuda", [], [])
+    assert made["share_of_floor"] > 0
+    assert made["num_blocks"] > 0
+    assert made["preemptions"] == 0
+    assert "profile" in made
+    kept = [(len(state.get("rates", [])), "profile" in state) for state in script.writes]
+    assert {(0, False), (1, False), (2, False), (2, True)} <= {*kept}
+    assert script.writes[kept.index((1, False))]["share_of_floor"] > 0
+    assert "engine: cuda\n" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("smoke", ()), ("figure", ()), ("decode", ("--tests", "0"))]
+)
+def test_another_engine_is_not_measured(
+    name: str, options: tuple[str, ...], script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from worker.engine.cuda_runner import CudaRunner
+
+    monkeypatch.setattr(CudaRunner, "name", "torch")
+    made, _ = script.stopped(name, *options)
+    assert made["stopped"] == "the engine is 'torch', not 'cuda': the warnings say why"
+    assert not {"rates", "steps", "tokens_equal"} & {*made}
+
+
+def test_smoke_stops_where_no_graph_is_captured(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def capture(step: Any) -> Any:
+        raise RuntimeError("no graphs here")
+
+    monkeypatch.setattr(script.common, "capture_of", lambda device: capture)
+    made, said = script.stopped("smoke")
+    assert made["stopped"] == "no graph was captured"
+    assert (made["tokens_equal"], made["graphs"]) == (1, 0)
+    # Of each of both engines, shown when it came and told at the end.
+    assert len(made["warnings"]) == 2
+    assert all("no graphs here" in line for line in made["warnings"])
+    assert said.count("WARNING CUDA graphs cannot be captured") == 2
+    assert said.count("WARNING of the engine: CUDA graphs cannot be captured") == 2
+
+
+def test_smoke_stops_where_tokens_differ(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    from worker.engine.triton_kernels import reference
+
+    silu_mul = reference.silu_mul
+    monkeypatch.setattr(reference, "silu_mul", lambda gate_up: 0.5 * silu_mul(gate_up))
+    made, _ = script.stopped("smoke")
+    assert made["tokens_equal"] < 1
+    assert "float32 tokens differ from transformers': prompt of 5, at first" in made["stopped"]
+    assert re.search(r"a bfloat16 token is \d\.\d deviations below", made["stopped"])
+
+
+def test_smoke_asks_more_than_equal_tokens_in_bfloat16(script: Script) -> None:
+    """Right kernels are far below the limit there."""
+    made, _ = script.run("smoke")
+    assert made["tokens_equal"] == 1
+    assert made["graphs"] == made["bfloat16"]["graphs"] == 1
+    assert 0 <= made["bfloat16"]["regret"] < 0.1
+    assert any("tokens_equal" in state and "bfloat16" not in state for state in script.writes)
 
 
 def test_without_a_card_a_script_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +200,11 @@ def test_the_floor_by_hand() -> None:
 @pytest.mark.parametrize(
     ("kernel", "part"),
     [
+        ("_attend_prefixes", "attention"),
+        ("_attend_prefill", "attention"),
+        ("_join", "attention"),
+        ("_narrow", "sampling"),
+        ("_mask", "sampling"),
         ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNT", "linears"),
         ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", "linears"),
         ("_decode", "attention"),
@@ -88,6 +218,34 @@ def test_the_floor_by_hand() -> None:
 )
 def test_where_a_kernel_belongs(kernel: str, part: str) -> None:
     assert importlib.import_module("card").part_of(kernel) == part
+
+
+def test_every_kernel_of_ours_has_its_part() -> None:
+    """Of attention or of sampling, if its module is: a new one must not be lost among the rest."""
+    part_of = importlib.import_module("card").part_of
+    modules = {"sampling": "sampling", "attention": "attention"}
+    modules |= {"prefix": "attention", "prefill": "attention"}
+    found: dict[str, str] = {}
+    for file in KERNELS.glob("*.py"):
+        tree = ast.parse(file.read_text())
+        kernels = {
+            node.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef)
+            and any("triton.jit" in ast.unparse(each) for each in node.decorator_list)
+        }
+        launched = {
+            node.func.value.id
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Subscript)
+            and isinstance(node.func.value, ast.Name)
+        }
+        found |= dict.fromkeys(kernels & launched, file.stem)
+    assert {"_decode", "_attend_prefixes", "_narrow", "_sample", "_rms_norm"} <= {*found}
+    assert {kernel: part_of(kernel) for kernel in found} == {
+        kernel: modules.get(module, "rest") for kernel, module in found.items()
+    }
 
 
 def test_continuous_batching_by_torchs_own_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +271,8 @@ def test_continuous_batching_by_torchs_own_attention(monkeypatch: pytest.MonkeyP
             mask = torch.arange(keys) <= torch.arange(keys - rows, keys)[:, None]
             one = scaled_dot_product_attention(
                 q[first:last].transpose(0, 1)[None],
-                *(part[begin:end].transpose(0, 1)[None] for part in (k, v)),
+                k[begin:end].transpose(0, 1)[None],
+                v[begin:end].transpose(0, 1)[None],
                 attn_mask=mask,
                 scale=scale,
                 enable_gqa=True,

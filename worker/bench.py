@@ -16,12 +16,12 @@ import torch
 
 from nightherd.errors import CheckpointError
 from nightherd.params import SamplingParams
+from worker.engine.cuda_graphs import EAGER_USES
 from worker.engine.engine import BatchEngine
 from worker.engine.interface import Engine, EngineRequest, StopCheck
 from worker.engine.scheduler import Scheduler
 from worker.engine.weights import Shape
 
-BATCHES = (1, 16, 64, 128)
 _ROWS = (64, 128, 256)
 """Of a matrix product whose rate is the limit."""
 _MOST_PROMPTS = 1024
@@ -222,7 +222,8 @@ class Bench:
         self.scheduler.budget = budget
         length = min(_PROMPT, self._context - 1)
         taken = self._generate(1, length, 1, None)
-        count = max(1, min(int(seconds / taken), _MOST_PROMPTS))
+        # At least one whole step.
+        count = max(1, budget // length, min(int(seconds / taken), _MOST_PROMPTS))
         taken = self._generate(count, length, 1, None)
         return count * length / taken
 
@@ -230,7 +231,8 @@ class Bench:
         """Tokens a second of so many sequences that all decode."""
         length = min(_SHORT_PROMPT, self._context // 2)
         most = min(self._context, self._room(batch)) - length
-        meter = _Meter(batch, seconds)
+        # On CUDA the first steps of a size run without a graph, and the next captures it.
+        meter = _Meter(batch, seconds, EAGER_USES + 1 if self._engine.name == "cuda" else 0)
         self._generate(batch, length, max(2, most), meter.check)
         return meter.rate
 
@@ -280,8 +282,10 @@ class _Meter:
     The engine's thread feeds it, step by step, so that its times are those of the steps.
     """
 
-    def __init__(self, sequences: int, seconds: float) -> None:
+    def __init__(self, sequences: int, seconds: float, skipped: int = 0) -> None:
+        """Time begins after so many more steps, which are slow ones."""
         self._missing = sequences
+        self._skipped = sequences * skipped
         self._seconds = seconds
         self._begin = 0.0
         self._last = 0.0
@@ -305,6 +309,10 @@ class _Meter:
                 return False
             if self._missing:
                 return False
+            if self._skipped:
+                self._skipped -= 1
+                self._begin = now
+                return False
             self._tokens += 1
             self._last = now
             return now - self._begin > self._seconds
@@ -315,13 +323,15 @@ class _Meter:
 def measure(
     bench: Bench,
     found: Limits,
+    batches: Sequence[int],
     budgets: Sequence[int],
     seconds: float,
     say: Callable[[str], None],
 ) -> Report:
-    """Measures everything, in about so many seconds; `say` is told what comes next."""
+    """Measures batches as far as they fit, and budgets, in about so many seconds; `say` is told
+    what comes next."""
     report = Report(found)
-    batches = [batch for batch in BATCHES if bench.fits(batch)]
+    batches = [batch for batch in batches if bench.fits(batch)]
     each = seconds / (len(budgets) + len(batches) + 1)
     say("warming up")
     bench.warm_up()

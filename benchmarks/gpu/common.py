@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +40,59 @@ __all__ = [
 ]
 
 
+STOPPED = 3
+"""The exit code of a script after which nothing is worth measuring."""
+
+
+class Stopped(SystemExit):
+    """What is wrong with the engine itself: no number of it would mean anything."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(STOPPED)
+        self._why = why
+
+    def __str__(self) -> str:
+        return self._why
+
+
+class Result(dict[str, Any]):
+    """What a script finds. On disk after every piece: who is ended amid it has the pieces."""
+
+    def __init__(self, file: Path, found: Mapping[str, Any]) -> None:
+        super().__init__(found)
+        self._file = file
+
+    def save(self) -> None:
+        write(self._file, self)
+
+    def gather(self, name: str, pieces: Iterable[Any]) -> None:
+        """A list, saved with each of its pieces."""
+        found: list[Any] = []
+        self[name] = found
+        for piece in pieces:
+            found.append(piece)
+            self.save()
+
+
+def write(file: Path, found: Mapping[str, Any]) -> None:
+    """As JSON: the whole of it, or what was there before."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = file.with_name(f".{file.name}.{os.getpid()}")
+    fresh.write_text(json.dumps(found))
+    fresh.replace(file)
+
+
+def out_folder() -> Path:
+    return Path(os.environ.get("OUT") or ROOT / "build" / "gpu").resolve()
+
+
 def options(describe: str | None, dry: dict[str, Any], **defaults: Any) -> argparse.Namespace:
     """`--name value` for each default; `--dry` tries the script on a CPU, with the values of `dry`.
 
     Then kernels are their references in plain torch, and what is printed means nothing.
     """
     parser = argparse.ArgumentParser(description=(describe or "").partition("\n")[0])
+    parser.add_argument("--name", default="", help="of the JSON file, if not the script's own")
     for name, value in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--dry", action="store_true", help="no card: try the script, tiny")
@@ -58,15 +107,13 @@ def options(describe: str | None, dry: dict[str, Any], **defaults: Any) -> argpa
 
 def kernels_of(device: str) -> Any:
     """The Triton kernels, or on a CPU their references."""
-    import torch
-
     if device == "cpu":
         from worker.engine.triton_kernels import reference
 
         return reference
-    from worker.engine.cuda_model import kernels_for
+    from worker.engine.cuda_kernels import fused_kernels
 
-    return kernels_for(torch.device(device))
+    return fused_kernels()
 
 
 def capture_of(device: str) -> Any:
@@ -97,9 +144,36 @@ def make_runner(model: Any, *, sequences: int, rows: int, context: int) -> Any:
 
 
 def make_engine(model: Any, *, sequences: int, budget: int, context: int, **more: Any) -> Any:
-    """An engine as a worker builds it on a card."""
+    """An engine as a worker builds it on a card; stops where it is not the one for cards."""
     if model.device.type == "cpu":
-        return _dry_engine(model, sequences, budget, context)
+        engine = _dry_engine(model, sequences, budget, context)
+    else:
+        engine = _card_engine(model, sequences, budget, context, more)
+    say(f"engine: {engine.name}")
+    demand_cuda(engine.name)
+    return engine
+
+
+def demand_cuda(name: str) -> None:
+    if name != "cuda":
+        raise Stopped(f"the engine is '{name}', not 'cuda': the warnings say why")
+
+
+def facts(engine: Any) -> dict[str, Any]:
+    """What every figure rests on; asked before the engine is stopped, which frees its graphs."""
+    runner = engine._runner
+    return {
+        "engine": engine.name,
+        "num_blocks": runner.num_blocks,
+        "preemptions": engine.scheduler.preemptions,
+        "graphs": len(runner._graphs),
+        "lacks": sorted(runner._kernels.lacks),
+    }
+
+
+def _card_engine(
+    model: Any, sequences: int, budget: int, context: int, more: dict[str, Any]
+) -> Any:
     import torch
 
     from worker.engine.build import EngineOptions, build_engine
@@ -160,36 +234,106 @@ def prompts(count: int, length: int, vocab: int, seed: int = 1) -> list[list[int
     return [rng.choices(range(3, vocab), k=length) for _ in range(count)]
 
 
-@contextmanager
-def result(name: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A dict to fill; printed as the last line and written to $OUT, also after a failure."""
+def tokens_of(engine: Any, texts: list[list[int]], out: int) -> list[list[int]]:
+    """The engine's greedy tokens after each text."""
+    from nightherd.params import SamplingParams
+    from worker.engine.interface import EngineRequest
+
+    generations = [
+        engine.add(EngineRequest(tuple(text), SamplingParams(temperature=0.0), (0,), out))
+        for text in texts
+    ]
+    outputs = [generation.futures[0].result() for generation in generations]
+    for output in outputs:
+        if output.finish_reason != "length":
+            raise SystemExit(f"{output.finish_reason}: {output.error_message}")
+    return [list(output.token_ids) for output in outputs]
+
+
+def transformers_tokens(model: Any, texts: list[list[int]], out: int) -> list[list[int]]:
+    """Those of transformers' own `generate`, text by text."""
     import torch
-    import transformers
 
-    made: dict[str, Any] = {
-        "script": name,
-        "options": vars(given),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-    if torch.cuda.is_available():
-        import triton
+    torch.backends.cuda.matmul.allow_tf32 = False
+    wanted = []
+    with torch.inference_mode():
+        for text in texts:
+            ids = torch.tensor([text], device=model.device)
+            made = model.generate(ids, do_sample=False, max_new_tokens=out, eos_token_id=None,
+                                  attention_mask=torch.ones_like(ids), pad_token_id=0)  # fmt: skip
+            wanted.append(made[0, len(text) :].tolist())
+    return wanted
 
-        made |= {"card": torch.cuda.get_device_name(), "triton": triton.__version__}
+
+def equal_share(ours: list[list[int]], theirs: list[list[int]]) -> float:
+    """Of the tokens of all texts."""
+    pairs = [pair for rows in zip(ours, theirs, strict=True) for pair in zip(*rows, strict=True)]
+    return sum(one == other for one, other in pairs) / len(pairs)
+
+
+class _Warnings(logging.Handler):
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(record.getMessage())
+
+
+@contextmanager
+def _heard(warnings: list[str]) -> Iterator[None]:
+    """What the engine logs is shown, from INFO on; its warnings are kept too."""
+    logger, shown = logging.getLogger("nightherd.engine"), logging.StreamHandler(sys.stdout)
+    shown.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    handlers = (shown, _Warnings(warnings))
+    for handler in handlers:
+        logger.addHandler(handler)
     try:
-        yield made
+        yield
+    finally:
+        logger.setLevel(before)
+        for handler in handlers:
+            logger.removeHandler(handler)
+
+
+@contextmanager
+def result(name: str, given: argparse.Namespace) -> Iterator[Result]:
+    """A dict to fill and to save; at the end, also after a failure, it is saved and printed as the
+    last line."""
+    import torch
+
+    started = time.monotonic()
+    made = Result(
+        out_folder() / f"{given.name or name}.json",
+        {
+            "script": name,
+            "options": vars(given),
+            "torch": torch.__version__,
+            # Imported, it would take seconds of those who do not need it.
+            "transformers": version("transformers"),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "warnings": [],
+        },
+    )
+    if torch.cuda.is_available():
+        made |= {"card": torch.cuda.get_device_name(), "triton": version("triton")}
+    try:
+        with _heard(made["warnings"]):
+            yield made
     except BaseException as error:
         made["failed"] = f"{type(error).__name__}: {error}"
+        if isinstance(error, Stopped):
+            made["stopped"] = str(error)
+            say(f"STOP: {error}")
         raise
     finally:
+        made["seconds"] = time.monotonic() - started
         if torch.cuda.is_available():
             made["peak_bytes"] = int(torch.cuda.max_memory_reserved())
-        folder = Path(os.environ.get("OUT") or ROOT / "build" / "gpu")
-        folder.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(made)
-        (folder / f"{name}.json").write_text(line)
-        print(line, flush=True)
+        made.save()
+        say(json.dumps(made))
 
 
 def say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""0. What the kernels compile to for a card, without one: registers, spills, instructions.
+"""What the kernels compile to for a card, without one: registers, spills, instructions.
 
 Every launcher is called as the engine calls it, with tensors on the CPU; a driver that says it is
 such a card makes Triton compile, for those very arguments, and nothing is launched. Ends with the
@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from worker.engine.triton_kernels import attention, layers, sampling
-from worker.engine.triton_kernels.reference import Prefixes, splits_for
+from worker.engine.triton_kernels import attention, layers, prefill, sampling
+from worker.engine.triton_kernels.reference import Prefixes, Splits, splits_of, tiles_of
 
 
 class _Card:
@@ -128,10 +128,11 @@ def works(few: bool) -> Iterator[tuple[str, Callable[[], object]]]:
                         name,
                         functools.partial(_decode, dtype, heads, kv_heads, dim, context, lse),
                     )
-            yield (
-                f"prefix {short} {heads}/{kv_heads}x{dim}",
-                functools.partial(_prefix, dtype, heads, kv_heads, dim),
-            )
+            for name, work in (("prefix", _prefix), ("prefill", _prefill)):
+                yield (
+                    f"{name} {short} {heads}/{kv_heads}x{dim}",
+                    functools.partial(work, dtype, heads, kv_heads, dim),
+                )
             for norms in (False,) if few else (False, True):
                 name = f"rotate {short} {heads}/{kv_heads}x{dim}{' norms' if norms else ''}"
                 yield name, functools.partial(_rotate, dtype, heads, kv_heads, dim, norms)
@@ -163,7 +164,7 @@ def _decode(
         _ints(rows),
         _ints(rows),
         _ints(80),
-        splits=splits_for(context, 64),
+        splits=_splits(context, rows, heads, dim) if context > 256 else None,
         lse=torch.zeros(rows, heads) if lse else None,
     )
 
@@ -178,8 +179,25 @@ def _prefix(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
         _ints(rows),
         _ints(rows),
         _ints(80),
-        splits=splits_for(700, 64),
-        prefixes=Prefixes(_ints(16, 4), _ints(rows), _ints(rows)),
+        splits=_splits(700, rows, heads, dim),
+        prefixes=Prefixes(_ints(16, 4), _ints(rows), _ints(rows), 4),
+    )
+
+
+def _splits(context: int, rows: int, heads: int, dim: int) -> Splits:
+    return splits_of([context] * rows, 64, torch.device("cpu"), heads=heads, head_dim=dim)
+
+
+def _prefill(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
+    rows = 300
+    qkv = torch.zeros(rows, (heads + 2 * kv_heads) * dim, dtype=dtype)
+    prefill.prefill_attention(
+        qkv[:, : heads * dim].view(rows, heads, dim),
+        torch.zeros(4, 2, kv_heads, 64, dim, dtype=dtype),
+        _ints(rows),
+        _ints(rows),
+        _ints(80),
+        torch.from_numpy(tiles_of([(0, rows, 0)], heads // kv_heads, dtype)),
     )
 
 
@@ -238,6 +256,8 @@ def main() -> int:
     parser.add_argument("--few", action="store_true", help="the commonest configuration only")
     parser.add_argument("--keep", metavar="FOLDER", help="for TTGIR and PTX")
     given = parser.parse_args()
+    # Not among the answers: another version of Triton compiles other kernels of the same sources.
+    print(f"triton {triton.__version__}", file=sys.stderr, flush=True)
     wrong = 0
     for capability in map(int, given.capability.split(",")):
         seen = compile_only(GPUTarget("cuda", capability, 32))

@@ -1,15 +1,17 @@
-"""2. Whole decode steps: right tokens first, then graphs against eager steps, and their time."""
+"""Whole decode steps: right tokens first, then graphs against eager steps, and their time."""
 
 from __future__ import annotations
 
-import itertools
 import time
 from typing import Any
 
 from common import (
     SHAPES,
+    Result,
     breakdown,
     capture_of,
+    demand_cuda,
+    equal_share,
     limits,
     make_engine,
     make_runner,
@@ -20,6 +22,8 @@ from common import (
     result,
     say,
     synchronize,
+    tokens_of,
+    transformers_tokens,
 )
 
 
@@ -32,49 +36,29 @@ def main() -> None:
             made["float32_tokens_equal"] = float32_tokens(given)
             made["bf16_error"] = bfloat16_errors(given)
         made |= limits()
-        made["steps"] = steps(given, made)
+        made.save()
+        steps(given, made)
 
 
 def float32_tokens(given: Any) -> float:
     """Share of greedy tokens that equal transformers', float32, sharp weights, mixed lengths."""
-    import torch
-
-    torch.backends.cuda.matmul.allow_tf32 = False
-    device, out = given.device, 6 if given.dry else 64
+    out = 6 if given.dry else 64
     lengths = (1, 65) if given.dry else (1, 5, 63, 64, 65, 200, 300, 700)
-    model = random_model("T", "float32", device, 1024, initializer_range=0.1)
+    model = random_model("T", "float32", given.device, 1024, initializer_range=0.1)
     texts = [prompts(1, length, 8192, length)[0] for length in lengths]
-    wanted = []
-    with torch.inference_mode():
-        for text in texts:
-            ids = torch.tensor([text], device=device)
-            made = model.generate(ids, do_sample=False, max_new_tokens=out, eos_token_id=None,
-                                  attention_mask=torch.ones_like(ids), pad_token_id=0)  # fmt: skip
-            wanted.append(made[0, len(text) :].tolist())
+    wanted = transformers_tokens(model, texts, out)
     distinct = min(len(set(row[:32])) for row in wanted)
-    got = greedy(model, texts, out, 1024)
-    pairs = list(zip(itertools.chain(*wanted), itertools.chain(*got), strict=True))
-    share = sum(ours == theirs for ours, theirs in pairs) / len(pairs)
+    share = equal_share(greedy(model, texts, out, 1024), wanted)
     say(f"float32: {share:.1%} of tokens equal, at least {distinct} distinct in 32")
     return share
 
 
 def greedy(model: Any, texts: list[list[int]], out: int, context: int) -> list[list[int]]:
-    from nightherd.params import SamplingParams
-    from worker.engine.interface import EngineRequest
-
     engine = make_engine(model, sequences=64, budget=512, context=context, kv_memory=1 << 30)
-    say(f"engine: {engine.name}")
     engine.start()
     try:
-        rows = []
-        for _ in range(4):  # from the third time on by graphs
-            generations = [
-                engine.add(EngineRequest(tuple(text), SamplingParams(temperature=0.0), (0,), out))
-                for text in texts
-            ]
-            outputs = [generation.futures[0].result() for generation in generations]
-            rows.append([list(output.token_ids) for output in outputs])
+        # From the third time on by graphs.
+        rows = [tokens_of(engine, texts, out) for _ in range(4)]
         if rows[0] != rows[-1]:
             say("WRONG: graphs give other tokens than eager steps")
         return rows[-1]
@@ -114,7 +98,7 @@ def bfloat16_errors(given: Any) -> dict[str, float]:
         seen.append(forward(*given).float().clone())
         return seen[-1]
 
-    runner._model.forward = watched  # type: ignore[method-assign]
+    runner._model.forward = watched
     sequence = Sequence(EngineRequest(tuple(text), SamplingParams(temperature=0.0), (0,), 1), 0, 0)
     sequence.block_ids = list(range(3, 11))
     # A prefill, a second one after a cached prefix, then one position at a time.
@@ -134,7 +118,7 @@ def bfloat16_errors(given: Any) -> dict[str, float]:
     return made
 
 
-def steps(given: Any, rates: dict[str, Any]) -> list[dict[str, Any]]:
+def steps(given: Any, made: Result) -> None:
     """Milliseconds of a decode step with every sequence at one length: graph, eager, least."""
     import torch
 
@@ -143,6 +127,8 @@ def steps(given: Any, rates: dict[str, Any]) -> list[dict[str, Any]]:
     batches = [int(batch) for batch in given.batches.split(",")]
     model = random_model(given.shape, "bfloat16", given.device, given.context)
     runner = make_runner(model, sequences=max(batches), rows=given.budget, context=given.context)
+    made["engine"] = runner.name
+    demand_cuda(runner.name)
     shape, pages = SHAPES[given.shape], -(-given.length // runner.block_size)
     per_token = shape.kv_bytes_per_token(2)
     blocks = max(batches) * pages
@@ -152,7 +138,8 @@ def steps(given: Any, rates: dict[str, Any]) -> list[dict[str, Any]]:
         free = torch.cuda.mem_get_info()[0] - (12 << 30)
         blocks = min(blocks, free // (runner.block_size * per_token))
     runner.make_cache(int(blocks))
-    made: list[dict[str, Any]] = []
+    made |= {"num_blocks": runner.num_blocks, "steps": []}
+    made.save()
     for batch in batches:
         if batch * pages > blocks:
             say(f"batch {batch}: its KV cache does not fit")
@@ -160,20 +147,25 @@ def steps(given: Any, rates: dict[str, Any]) -> list[dict[str, Any]]:
         plan = decoding(runner, batch, given.length)
         count = 2 if given.dry else 20
         times = {"graph": step_milliseconds(runner, plan, count)}
+        captured = len(runner._graphs) > 0
         runner._graphs = GraphCache(None)
         times["eager"] = step_milliseconds(runner, plan, count)
         runner._graphs = GraphCache(capture_of(given.device))
         weights = shape.layer_weights + shape.output_weights
-        reads = batch * given.length * per_token / rates["copy_bytes_per_second"]
+        reads = batch * given.length * per_token / made["copy_bytes_per_second"]
         least = 1e3 * reads + 1e3 * max(
-            2 * batch * weights / rates["matrix_flops"],
-            2 * weights / rates["copy_bytes_per_second"],
+            2 * batch * weights / made["matrix_flops"],
+            2 * weights / made["copy_bytes_per_second"],
         )
         say(f"{given.shape} batch {batch} at {given.length}: graph {times['graph']:.2f} ms, "
             f"eager {times['eager']:.2f}, least {least:.2f} ({least / times['graph']:.0%}), "
-            f"{batch / times['graph'] * 1e3:,.0f} tokens/s")  # fmt: skip
-        made.append({"batch": batch, **times, "least": least, "where": where(runner, plan)})
-    return made
+            f"{batch / times['graph'] * 1e3:,.0f} tokens/s"
+            f"{'' if captured else ': NO GRAPH WAS CAPTURED'}")  # fmt: skip
+        piece = {"batch": batch, **times, "least": least, "captured": captured}
+        made["steps"].append(piece)
+        made.save()
+        piece["where"] = where(runner, plan)
+        made.save()
 
 
 def decoding(runner: Any, batch: int, length: int) -> Any:

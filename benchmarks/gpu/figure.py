@@ -1,4 +1,4 @@
-"""3. The engine at work: 512 prompt and 256 output tokens, or prompts with many samples each."""
+"""The engine at work: 512 prompt and 256 output tokens, or prompts with many samples each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 from common import (
     SHAPES,
+    Result,
     breakdown,
+    facts,
     least_seconds,
     limits,
     make_engine,
@@ -36,59 +38,66 @@ def main() -> None:
         name += "-ungrouped"
     with result(name, given) as made:
         made |= limits()
+        made.save()
         model = random_model(given.shape, given.dtype, given.device, given.context)
-        vocab = model.config.vocab_size
         engine = make_engine(
             model, sequences=given.sequences, budget=given.budget, context=given.context
         )
-        made["engine"] = engine.name
-        requests = [
-            {"prompt": prompt, "out": given.out, "samples": given.samples}
-            for prompt in prompts(given.requests, given.prompt, vocab)
-        ]
-        # Twice and more through all sizes of a batch, so that their graphs are there; some prompts
-        # as long as the real ones, so that they are those of as many splits.
-        long, short = (
-            prompts(3 * given.sequences, length, vocab, seed=2) for length in (given.prompt, 20)
-        )
-        warm = [
-            {"prompt": (short if place % 8 else long)[place],
-             "out": 8 + place * 64 // given.sequences}
-            for place in range(3 * given.sequences)
-        ]  # fmt: skip
         engine.start()
         try:
-            made["warm_seconds"] = run_requests(engine, warm)
-            say(f"warm after {made['warm_seconds']:.1f} s")
-            tokens = given.requests * given.samples * given.out
-            made["rates"] = []
-            for number in range(given.rounds):
-                steps = engine.stats().steps
-                took = run_requests(
-                    engine, requests, temperature=given.temperature, top_p=given.top_p
-                )
-                made["rates"].append(tokens / took)
-                say(f"round {number}: {tokens / took:,.0f} tokens/s, "
-                    f"{(engine.stats().steps - steps) / took:.0f} steps/s")  # fmt: skip
-                # What the round before left in the cache is none of this one's.
-                requests = [
-                    {**request, "prompt": prompt}
-                    for request, prompt in zip(
-                        requests,
-                        prompts(given.requests, given.prompt, vocab, seed=10 + number),
-                        strict=True,
-                    )
-                ]
-            made["floor"] = tokens / least(given, requests, made)
-            made["share_of_floor"] = max(made["rates"]) / made["floor"]
-            say(f"floor {made['floor']:,.0f} tokens/s, reached {made['share_of_floor']:.0%}")
-            if given.profile:
-                with profiled() as seen:
-                    run_requests(engine, requests[: given.profile], temperature=given.temperature)
-                made["profile"] = seen
-                say(breakdown(seen))
+            measure(given, engine, model.config.vocab_size, made)
         finally:
             engine.stop()
+
+
+def measure(given: Any, engine: Any, vocab: int, made: Result) -> None:
+    """Warms up, then round after round, then some more that are watched."""
+    # Twice and more through all sizes of a batch, so that their graphs are there; some prompts
+    # as long as the real ones, so that they are those of as many splits.
+    long, short = (
+        prompts(3 * given.sequences, length, vocab, seed=2) for length in (given.prompt, 20)
+    )
+    warm = [
+        {"prompt": (short if place % 8 else long)[place],
+         "out": 8 + place * 64 // given.sequences}
+        for place in range(3 * given.sequences)
+    ]  # fmt: skip
+    made["warm_seconds"] = run_requests(engine, warm)
+    made |= facts(engine)
+    made.save()
+    say(f"warm after {made['warm_seconds']:.1f} s: {made['num_blocks']:,} blocks, "
+        f"{made['graphs']} graphs")  # fmt: skip
+    made["warm_preemptions"] = made["preemptions"]
+    made["rates"] = []
+    tokens = given.requests * given.samples * given.out
+    for number in range(given.rounds):
+        requests = fresh(given, vocab, number)
+        steps = engine.stats().steps
+        took = run_requests(engine, requests, temperature=given.temperature, top_p=given.top_p)
+        made["rates"].append(tokens / took)
+        made |= facts(engine)
+        made["preemptions"] -= made["warm_preemptions"]
+        made["floor"] = tokens / least(given, requests, made)
+        made["share_of_floor"] = max(made["rates"]) / made["floor"]
+        made.save()
+        say(f"round {number}: {tokens / took:,.0f} tokens/s, "
+            f"{(engine.stats().steps - steps) / took:.0f} steps/s, "
+            f"{made['preemptions']} preempted, "
+            f"{made['share_of_floor']:.0%} of the floor of {made['floor']:,.0f}")  # fmt: skip
+    if given.profile:
+        requests = fresh(given, vocab, given.rounds)[: given.profile]
+        with profiled() as seen:
+            run_requests(engine, requests, temperature=given.temperature)
+        made["profile"] = seen
+        say(breakdown(seen))
+
+
+def fresh(given: Any, vocab: int, number: int) -> list[dict[str, Any]]:
+    """What another round left in the cache is none of this one's."""
+    return [
+        {"prompt": prompt, "out": given.out, "samples": given.samples}
+        for prompt in prompts(given.requests, given.prompt, vocab, seed=10 + number)
+    ]
 
 
 def least(given: Any, requests: list[dict[str, Any]], rates: dict[str, Any]) -> float:
@@ -98,7 +107,7 @@ def least(given: Any, requests: list[dict[str, Any]], rates: dict[str, Any]) -> 
     one = least_seconds("fixed", shape, [alone], rates)
     spared = shape.layer_weights * 2 * (given.prompt - 1) / rates["matrix_flops"]
     read = given.out * given.prompt * shape.kv_bytes_per_token(2) / rates["copy_bytes_per_second"]
-    return len(requests) * (given.samples * one - (given.samples - 1) * (spared + read))
+    return float(len(requests) * (given.samples * one - (given.samples - 1) * (spared + read)))
 
 
 if __name__ == "__main__":

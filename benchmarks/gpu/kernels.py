@@ -1,66 +1,56 @@
-"""1. The kernels on a card: their tests, then their speed against what a copy reaches."""
+"""The speed of the kernels on a card, against what a copy reaches; `sweep` tries other knobs."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
-from common import ROOT, kernels_of, limits, milliseconds, options, result, say
+from common import kernels_of, limits, milliseconds, options, result, say
 
 
 def main() -> None:
     given = options(
-        __doc__, {"context": 70, "batches": "1,3", "vocab": 300, "rows": 8, "tests": 0, "sweep": 0},
-        context=640, batches="1,16,256,1024", vocab=128256, rows=1024, tests=1, sweep=1,
+        __doc__, {"context": 70, "batches": "1,3", "vocab": 300, "rows": 8, "sweep": 0},
+        context=640, batches="1,16,256,1024", vocab=128256, rows=1024, sweep=1,
     )  # fmt: skip
     batches = [int(batch) for batch in given.batches.split(",")]
     with result("kernels", given) as made:
-        if given.tests:
-            made["tests"] = run_tests()
         made |= limits()
-        say(f"copy {made['copy_bytes_per_second'] / 1e12:.2f} TB/s, "
-            f"products {made['matrix_flops'] / 1e12:.0f} TFLOP/s")  # fmt: skip
-        made["decode"] = [
-            decode(given, batch, made["copy_bytes_per_second"], *heads)
-            for heads in ((32, 8, 128), (32, 8, 64), (32, 32, 128))
-            for batch in batches
-        ]
-        made["groups"] = [
-            grouped(given.device, groups, *heads)
-            for heads in ((32, 8, 64), (32, 8, 128))
-            for groups in (DRY_GROUPS if given.device == "cpu" else GROUPS)
-        ]
-        made["sampling"] = [sampling(given, batch, kind) for batch in batches for kind in SAMPLING]
-        made["small"] = small_kernels(given, made["copy_bytes_per_second"])
+        made.save()
+        copy = made["copy_bytes_per_second"]
+        say(f"copy {copy / 1e12:.2f} TB/s, products {made['matrix_flops'] / 1e12:.0f} TFLOP/s")
+        made.gather(
+            "decode",
+            (
+                decode(given, batch, copy, *heads)
+                for heads in ((32, 8, 128), (32, 8, 64), (32, 32, 128))
+                for batch in batches
+            ),
+        )
+        made.gather(
+            "groups",
+            (
+                grouped(given.device, groups, *heads)
+                for heads in ((32, 8, 64), (32, 8, 128))
+                for groups in (DRY_GROUPS if given.device == "cpu" else GROUPS)
+            ),
+        )
+        made.gather(
+            "sampling", (sampling(given, batch, kind) for batch in batches for kind in SAMPLING)
+        )
+        made.gather("small", small_kernels(given, copy))
         if given.sweep:
-            made["sweep"] = [
-                sweep(given, made["copy_bytes_per_second"], *heads)
-                for heads in ((32, 8, 128), (32, 8, 64))
-            ]
-            made["sampling_sweep"] = sweep_sampling(given)
-
-
-def run_tests() -> int:
-    folder = ROOT / "benchmarks" / "gpu"
-    command = [
-        *(sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "device_fixture"),
-        *("-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={ROOT}"),
-        "--import-mode=importlib",
-        *(str(ROOT / f"tests/worker/engine/cuda/test_{name}.py") for name in ("kernels", "prefix")),
-    ]
-    paths = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=False).returncode
+            wide = ((32, 8, 128), (32, 8, 64))
+            made.gather("sweep", (sweep(given, copy, *heads) for heads in wide))
+            made.gather("sampling_sweep", sweep_sampling(given))
 
 
 def decode(
-    given: Any, batch: int, copy: float, heads: int, kv_heads: int, dim: int, split_blocks: int = 0
+    given: Any, batch: int, copy: float, heads: int, kv_heads: int, dim: int
 ) -> dict[str, Any]:
-    """Decode attention; `split_blocks` is what its splits have now, if not what they are set to."""
+    """Decode attention."""
     import torch
 
-    from worker.engine.triton_kernels.reference import SPLIT_BLOCKS
+    from worker.engine.triton_kernels.reference import splits_of
 
     kernels, device, context = kernels_of(given.device), given.device, given.context
     pages = -(-context // 64)
@@ -69,7 +59,8 @@ def decode(
     first = (torch.arange(batch, device=device) * pages).int()
     positions = torch.full((batch,), context - 1, device=device).int()
     query = torch.randn(batch, heads, dim, device=device, dtype=torch.bfloat16)
-    splits = -(-pages // (split_blocks or SPLIT_BLOCKS))
+    lengths = [context] * batch
+    splits = splits_of(lengths, 64, torch.device(device), heads=heads, head_dim=dim)
     took = milliseconds(
         lambda: kernels.decode_attention(query, cache, positions, first, blocks, splits=splits),
         calls=5,
@@ -124,7 +115,10 @@ def grouped(device: str, kind: str, heads: int, kv_heads: int, dim: int) -> dict
     if found is not None:
         idle = padded_tiles(len(found.tiles)) - len(found.tiles)
         tiles = [*found.tiles.tolist(), *[[0, 0, 0, 0]] * idle]
-        prefixes = reference.Prefixes(ints(tiles), ints(found.members), ints(found.shared))
+        deepest = reference.splits_for(common, 64)
+        prefixes = reference.Prefixes(
+            ints(tiles), ints(found.members), ints(found.shared), 1 << (deepest - 1).bit_length()
+        )
     query = torch.randn(batch, heads, dim, device=device, dtype=torch.bfloat16)
     given = (
         query,
@@ -133,8 +127,8 @@ def grouped(device: str, kind: str, heads: int, kv_heads: int, dim: int) -> dict
         (torch.arange(batch, device=device) * (shared + more)).int(),
         ints(tables).view(-1),
     )
-    # As many as the runner gives a step.
-    splits = 1 << (reference.splits_for(common + own, 64) - 1).bit_length()
+    lengths = [common + own] * batch
+    splits = reference.splits_of(lengths, 64, cache.device, heads=heads, head_dim=dim)
     outs = [decode_attention(*given, splits=splits, prefixes=each) for each in (None, prefixes)]
     error = float((outs[0].float() - outs[1].float()).abs().max())
     plain, together = (
@@ -163,17 +157,21 @@ def _sequence(chain: list[int], length: int) -> Any:
 def sweep(given: Any, copy: float, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
     """Decode attention with other warps and stages, then other lengths of its splits: the best
     first. What it is set to now is among them."""
-    from worker.engine.triton_kernels import attention
+    from worker.engine.triton_kernels import attention, reference
 
     before = attention.WARPS, attention.STAGES, attention.SPLIT_BLOCKS
     tried: dict[tuple[int, int, int], float] = {}
 
+    def set_to(warps: int, stages: int, split: int) -> None:
+        attention.WARPS, attention.STAGES = warps, stages
+        attention.SPLIT_BLOCKS = reference.SPLIT_BLOCKS = split  # type: ignore[misc]
+
     def attempt(*knobs: int) -> None:
-        attention.WARPS, attention.STAGES, attention.SPLIT_BLOCKS = knobs
+        set_to(*knobs)
         say(f"warps {knobs[0]}, stages {knobs[1]}, blocks of a split {knobs[2]}:")
         try:
             shares = [
-                float(decode(given, batch, copy, heads, kv_heads, dim, knobs[2])["of_copy"])
+                float(decode(given, batch, copy, heads, kv_heads, dim)["of_copy"])
                 for batch in (64, 256, 1024)
             ]
         except Exception as error:  # what Triton and its compiler raise
@@ -188,7 +186,7 @@ def sweep(given: Any, copy: float, heads: int, kv_heads: int, dim: int) -> dict[
         for split in (2, 8, 16):
             attempt(best[0], best[1], split)
     finally:
-        attention.WARPS, attention.STAGES, attention.SPLIT_BLOCKS = before
+        set_to(*before)
     order = sorted(tried.items(), key=lambda item: -item[1])
     say(f"BEST for {heads}/{kv_heads}x{dim}: (warps, stages, blocks of a split) {order[0][0]}, "
         f"{order[0][1]:.0%} of a copy; now {before}, {tried.get(before, 0):.0%}")  # fmt: skip

@@ -12,7 +12,8 @@ import pytest
 from nightherd.errors import CheckpointError
 from tests.commands.invoking import CommandLine
 from worker.bench import Bench, Limits, Report, _Meter
-from worker.commands.bench import as_dict, shown
+from worker.commands.bench import as_dict, bench, candidates, shown
+from worker.engine import build
 
 LIMITS = Limits(
     flops=1e9, bandwidth=1e8, weights=1_000_000, output_weights=200_000, weight_bytes=2_000_000
@@ -84,6 +85,43 @@ def test_tokens_count_once_all_have_begun(monkeypatch: pytest.MonkeyPatch) -> No
     ended = [(first(1), second(1)) for _ in range(4)]
     assert ended == [(False, False)] * 3 + [(True, True)]
     assert meter.rate == pytest.approx(8 / 4)
+
+
+def test_the_first_steps_of_a_size_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA: kernels are compiled, and a graph captured."""
+    now = 0.0
+    monkeypatch.setattr("worker.bench.time", SimpleNamespace(perf_counter=lambda: now))
+    meter = _Meter(2, seconds=3.0, skipped=2)
+    takes = [meter.check(), meter.check()]
+    for took in (1.0, 9.0, 9.0, 1.0, 1.0, 1.0):
+        now += took
+        ended = [take(1) for take in takes]
+        assert not any(ended)
+    assert meter.rate == pytest.approx(2)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_the_defaults_are_among_what_is_tried(on_cpu: bool) -> None:
+    batches, budgets = candidates(on_cpu)
+    most, budget = (
+        (build.CPU_SEQUENCES, build.CPU_BUDGET)
+        if on_cpu
+        else (build.CUDA_SEQUENCES, build.CUDA_BUDGET)
+    )
+    assert most in batches
+    assert min(budgets) < budget < max(budgets)
+    assert budget in budgets
+    assert batches[0] == 1
+    assert list(batches) == sorted(set(batches))
+    assert min(budgets) >= max(batches), "the smallest step has room for all"
+    text = " ".join((bench.help or "").split())
+    assert f"{', '.join(map(str, batches[:-1]))} and {batches[-1]}" in text
+
+
+def test_more_than_the_defaults_is_tried_on_a_gpu() -> None:
+    batches, budgets = candidates(on_cpu=False)
+    assert max(batches) > build.CUDA_SEQUENCES
+    assert max(budgets) > build.CUDA_BUDGET
 
 
 def test_it_is_documented() -> None:

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from nightherd.settings import Settings
     from worker.bench import Report
 
-_BUDGETS = {"cpu": (128, 256, 512), "cuda": (1024, 2048, 4096)}
-_MAX_BATCH = 128
-
 
 @click.command()
 @click.option(
@@ -62,9 +59,9 @@ def bench(
     """Measure how fast a checkpoint generates here, and what the machine's limit is.
 
     Prompt tokens a second in steps of several sizes, and generated tokens a second for 1, 16, 64
-    and 128 sequences at once; then the settings that suit this machine. The limit is that of the
-    matrices alone, at the rate of the fastest matrix product, and of reading all weights once a
-    step. Run it on a machine that does nothing else.
+    and 128 sequences at once (1, 64, 256, 512 and 1024 on a GPU); then the settings that suit this
+    machine. The limit is that of the matrices alone, at the rate of the fastest matrix product, and
+    of reading all weights once a step. Run it on a machine that does nothing else.
 
     \b
     Example:
@@ -83,6 +80,16 @@ def bench(
         return
     click.echo("  ".join(str(fact) for fact in facts.values()))
     click.echo(shown(report))
+
+
+def candidates(on_cpu: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Numbers of sequences and budgets that are tried: the device's defaults, less, and, where a
+    machine may have use for it, more."""
+    from worker.engine.build import CPU_BUDGET, CPU_SEQUENCES, CUDA_BUDGET, CUDA_SEQUENCES
+
+    most, budget = (CPU_SEQUENCES, CPU_BUDGET) if on_cpu else (CUDA_SEQUENCES, CUDA_BUDGET)
+    batches = (1, most // 8, most // 2, most) + (() if on_cpu else (2 * most,))
+    return batches, (budget // 2, budget, 2 * budget)
 
 
 def _measure(
@@ -116,7 +123,7 @@ def _measure(
         raise CheckpointError(f"the engine does not cover {checkpoint}: {error}") from None
     notice("measuring the machine")
     found = measuring.limits(shape, embedding(model.model).dtype, place)
-    budgets = _BUDGETS[place.type]
+    batches, budgets = candidates(place.type == "cpu")
     engine = build_engine(
         model.model,
         vocab_size=text.vocab_size,
@@ -126,7 +133,7 @@ def _measure(
         library_folder=kernel_folder(settings),
         options=EngineOptions(
             kind=settings.engine,
-            max_batch=_MAX_BATCH,
+            max_batch=max(batches),
             budget=max(budgets),
             kv_memory=settings.kv_memory,
             threads=settings.threads,
@@ -144,7 +151,7 @@ def _measure(
     }
     engine.start()
     try:
-        return facts, measuring.measure(ready, found, budgets, seconds, notice)
+        return facts, measuring.measure(ready, found, batches, budgets, seconds, notice)
     finally:
         engine.stop()
 

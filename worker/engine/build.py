@@ -20,7 +20,13 @@ from worker.engine.interface import Engine
 from worker.engine.openmp import end_team
 from worker.engine.runner import ModelRunner
 from worker.engine.scheduler import Scheduler
-from worker.engine.weights import Shape, UnsupportedModelError, embedding, shape_of
+from worker.engine.weights import (
+    Shape,
+    UnsupportedModelError,
+    embedding,
+    layer_norms,
+    shape_of,
+)
 
 log = logging.getLogger("nightherd.engine")
 
@@ -29,8 +35,8 @@ EngineKind = Literal["auto", "kernels", "torch", "generate"]
 _CPU_SHARE, _CPU_MOST = 0.25, 4 << 30
 """Of what is available, for the KV cache, so that several workers on one machine live."""
 _CUDA_SHARE = 0.8
-_CPU_SEQUENCES, _CUDA_SEQUENCES, _PLAIN_SEQUENCES = 128, 512, 32
-_CPU_BUDGET, _CUDA_BUDGET = 256, 8192
+CPU_SEQUENCES, CUDA_SEQUENCES, PLAIN_SEQUENCES = 128, 512, 32
+CPU_BUDGET, CUDA_BUDGET = 256, 8192
 _PROFILE_BLOCKS = 16
 """Of the KV cache, while the card is measured."""
 
@@ -99,7 +105,7 @@ def build_engine(
     return GenerateEngine(
         model,
         vocab_size=vocab_size,
-        max_batch=options.max_batch or _PLAIN_SEQUENCES,
+        max_batch=options.max_batch or PLAIN_SEQUENCES,
         pad_token_id=pad_token_id,
         context_length=context,
     )
@@ -116,8 +122,8 @@ def _batch_engine(
 ) -> BatchEngine:
     shape = shape_of(model)
     on_cpu = device.type == "cpu"
-    sequences = options.max_batch or (_CPU_SEQUENCES if on_cpu else _CUDA_SEQUENCES)
-    budget = max(sequences, options.budget or (_CPU_BUDGET if on_cpu else _CUDA_BUDGET))
+    sequences = options.max_batch or (CPU_SEQUENCES if on_cpu else CUDA_SEQUENCES)
+    budget = max(sequences, options.budget or (CPU_BUDGET if on_cpu else CUDA_BUDGET))
     threads = options.threads or len(os.sched_getaffinity(0))
     runner: ModelRunner | None = None
     if device.type == "cuda" and options.kind in ("auto", "kernels"):
@@ -240,13 +246,15 @@ def _cuda_runner(
 ) -> ModelRunner | None:
     """The runner with fused kernels; None, said once, where they do not run."""
     from worker.engine.cuda_graphs import cuda_capture
+    from worker.engine.cuda_kernels import BLOCK as CUDA_BLOCK
+    from worker.engine.cuda_kernels import Case, kernels_for
     from worker.engine.cuda_memory import measure
-    from worker.engine.cuda_model import BLOCK as CUDA_BLOCK
-    from worker.engine.cuda_model import kernels_for
     from worker.engine.cuda_runner import CudaRunner
 
+    shape, dtype = shape_of(model), embedding(model).dtype
+    head_norms = layer_norms(model, 0).q is not None
     try:
-        kernels = kernels_for(device)
+        kernels = kernels_for(Case(shape, dtype, device, head_norms))
     except Exception as error:  # whatever Triton, its compiler and the driver raise
         if options.kind == "kernels":
             raise CheckpointError(f"the kernels cannot be used: {error}") from None
@@ -256,7 +264,6 @@ def _cuda_runner(
             error,
         )
         return None
-    shape, dtype = shape_of(model), embedding(model).dtype
     runner = CudaRunner(
         model,
         kernels=kernels,
@@ -324,8 +331,8 @@ def _blocks(
 
 
 def _remedy(options: EngineOptions) -> str:
-    """The option whose memory is the first to give up."""
-    return "--max-batch" if options.kv_memory is None else "--kv-memory"
+    """The option or setting whose memory is the first to give up."""
+    return "NIGHTHERD_MAX_BATCH" if options.kv_memory is None else "--kv-memory"
 
 
 def _size(count: float) -> str:

@@ -7,16 +7,16 @@ import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from worker.engine.cuda_kernels import BLOCK, Kernels
 from worker.engine.linears import Linear, layer_linears, output_linear
-from worker.engine.triton_kernels.reference import Prefixes
+from worker.engine.triton_kernels.reference import Prefixes, Splits, tiles_of
 from worker.engine.weights import (
     Shape,
     embedding,
@@ -28,44 +28,6 @@ from worker.engine.weights import (
 
 log = logging.getLogger("nightherd.engine")
 
-BLOCK = 64
-
-
-class Kernels(Protocol):
-    """`triton_kernels.reference`, or `fused_kernels`: the same functions."""
-
-    decode_attention: Callable[..., torch.Tensor]
-    rms_norm: Callable[..., torch.Tensor]
-    silu_mul: Callable[..., torch.Tensor]
-    rotate_and_write: Callable[..., None]
-    sample: Callable[..., None]
-    mask_logits: Callable[..., None]
-
-
-def fused_kernels() -> Any:
-    """The Triton kernels; raises `ImportError` where there is no Triton."""
-    from worker.engine.triton_kernels import attention, layers, sampling
-
-    kernels = ModuleType("fused_kernels")
-    for module in (attention, layers, sampling):
-        for name in Kernels.__annotations__:
-            if hasattr(module, name):
-                setattr(kernels, name, getattr(module, name))
-    return kernels
-
-
-@torch.inference_mode()
-def kernels_for(device: torch.device) -> Kernels:
-    """The Triton kernels, once one of them has run there; raises whatever stands in its way."""
-    kernels: Kernels = fused_kernels()
-    # Kernels run on the thread's current device, whatever their tensors are on.
-    with torch.cuda.device(device):
-        rows = torch.ones(2, 64, dtype=torch.bfloat16, device=device)
-        out = kernels.rms_norm(rows, rows[0], 1e-5)
-    if not torch.allclose(out.float(), rows.float(), atol=0.01):
-        raise RuntimeError("a kernel gives wrong results")
-    return kernels
-
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -76,6 +38,7 @@ class Rows:
     first: torch.Tensor
     blocks: torch.Tensor
     prefixes: Prefixes | None = None
+    splits: Splits | None = None
 
 
 Attend = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -162,7 +125,7 @@ class CudaModel:
             return self.kernels.rms_norm(residual, weight, self.shape.norm_eps)
         return self.kernels.rms_norm(added, weight, self.shape.norm_eps, residual)
 
-    def decode_attention(self, rows: Rows, splits: int) -> Attend:
+    def decode_attention(self, rows: Rows) -> Attend:
         """For rows that each are the last of their sequence."""
         shape = self.shape
 
@@ -174,7 +137,7 @@ class CudaModel:
                 rows.positions,
                 rows.first,
                 rows.blocks,
-                splits=splits,
+                splits=rows.splits,
                 prefixes=rows.prefixes,
             )
 
@@ -186,74 +149,61 @@ class CudaModel:
 
 
 class PrefillAttention:
-    """Attention of a step's spans of several rows: rows [0, `rows`) of the step, packed."""
+    """Attention of a step's spans of several rows: rows [0, `rows`) of the step, packed.
+
+    Spans that are whole so far come first: the step itself has all their keys and values, which
+    `varlen` reads where they are. Those after a beginning that is in the cache read the pages.
+    """
 
     def __init__(
         self,
         shape: Shape,
-        spans: Many[tuple[int, int, Many[int]]],
-        device: torch.device,
+        spans: Many[tuple[int, int]],
+        rows: Rows,
+        kernels: Kernels,
         varlen: Callable[..., torch.Tensor] | None,
+        dtype: torch.dtype,
     ) -> None:
-        """`spans` are (first position, rows, block ids); without `varlen` plain attention computes,
-        span by span."""
-        self._shape, self._spans, self._varlen = shape, spans, varlen
-        counts = np.array([count for _, count, _ in spans])
-        ends = np.array([start + count for start, count, _ in spans])
-        self.rows = int(counts.sum())
-        self._most = int(counts.max(initial=0)), int(ends.max(initial=0))
-        self._cu_q, self._cu_k = (_sent(_cumulated(sizes), device) for sizes in (counts, ends))
-        self._fresh = varlen is not None and bool((counts == ends).all())
-        """Whether the step itself has all keys and values."""
-        if not self._fresh:
-            # Of each key, in order: its block and its place there.
-            places = [np.arange(end) for end in ends]
-            blocks = [
-                np.array(ids, np.int64)[place // BLOCK]
-                for (_, _, ids), place in zip(spans, places, strict=True)
-            ]
-            nothing = np.empty(0, np.int64)
-            self._blocks = _sent(np.concatenate([nothing, *blocks]), device)
-            self._places = _sent(np.concatenate([nothing, *places]) % BLOCK, device)
+        """`spans` are (first position, rows); without `varlen` pages are read for all of them."""
+        self._shape, self._given, self._kernels, self._varlen = shape, rows, kernels, varlen
+        counts = [count for _, count in spans]
+        begins = np.cumsum([0, *counts])
+        self.rows = int(begins[-1])
+        whole = sum(start == 0 for start, _ in spans) if varlen is not None else 0
+        self._whole = int(begins[whole])
+        device = rows.positions.device
+        if whole:
+            self._most = max(counts[:whole])
+            self._cu = _sent(begins[: whole + 1].astype(np.int32), device)
+        if whole < len(spans):
+            starts = [start for start, _ in spans]
+            later = [*zip(begins[whole:-1].tolist(), counts[whole:], starts[whole:], strict=True)]
+            group = shape.heads // shape.kv_heads
+            self._tiles = _sent(tiles_of(later, group, dtype), device)
 
     def __call__(self, qkv: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
         """[rows, heads * head_dim] of the first rows of `qkv`, already rotated and written."""
-        shape = self._shape
+        shape, whole = self._shape, self._whole
         parts = qkv[: self.rows].view(self.rows, -1, shape.head_dim)
         sizes = [shape.heads, shape.kv_heads, shape.kv_heads]
         query, key, value = torch.split_with_sizes(parts, sizes, dim=1)
-        if not self._fresh:
-            key = cache[:, 0][self._blocks, :, self._places]
-            value = cache[:, 1][self._blocks, :, self._places]
+        if whole == self.rows:
+            return self._by_varlen(query, key, value)
+        given = self._given
+        out = self._kernels.prefill_attention(
+            query, cache, given.positions, given.first, given.blocks, self._tiles
+        )
+        if whole:
+            out[:whole] = self._by_varlen(query[:whole], key[:whole], value[:whole])
+        return out
+
+    def _by_varlen(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
         if self._varlen is None:
-            return self._plainly(query, key, value)
-        out = self._varlen(query, key, value, self._cu_q, self._cu_k, *self._most)
-        return out.reshape(self.rows, -1)
-
-    def _plainly(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        outs, row, begin = [], 0, 0
-        for start, count, _ in self._spans:
-            rows, keys = slice(row, row + count), slice(begin, begin + start + count)
-            outs.append(_causal(query[rows], key[keys], value[keys]).reshape(count, -1))
-            row, begin = rows.stop, keys.stop
-        return torch.cat(outs)
-
-
-def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Of a sequence's last positions over all: [rows, heads, head_dim], as `query`."""
-    places = torch.arange(len(key), device=query.device)
-    out = functional.scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
-        attn_mask=places[None] <= places[len(key) - len(query) :, None],
-        enable_gqa=True,
-    )
-    return out[0].transpose(0, 1)
-
-
-def _cumulated(sizes: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+            raise AssertionError("whole prompts without varlen")
+        out = self._varlen(query, key, value, self._cu, self._cu, self._most, self._most)
+        return out.reshape(len(query), -1)
 
 
 def _sent(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
@@ -265,8 +215,8 @@ def _sent(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
 
 
 def varlen_attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> Any:
-    """`f(query, key, value, cu_q, cu_k, max_q, max_k)`, causal from the end, by torch's flash
-    attention; None, said once, where it does not run.
+    """`f(query, key, value, cu_q, cu_k, max_q, max_k)`, causal, by torch's flash attention; None,
+    said once, where it does not run.
 
     torch 2.11 knows grouped heads without saying so, 2.12 wants `enable_gqa`.
     """
@@ -297,17 +247,21 @@ def varlen_attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _is_right(varlen: Any, shape: Shape, dtype: torch.dtype, device: torch.device) -> bool:
-    """Against plain attention, for two spans, one of them after a cached prefix."""
-    query = torch.randn(8, shape.heads, shape.head_dim, device=device).to(dtype)
-    key, value = torch.randn(2, 17, shape.kv_heads, shape.head_dim, device=device).to(dtype)
-    cu_q, cu_k = (
-        torch.tensor(sums, dtype=torch.int32, device=device) for sums in ([0, 5, 8], [0, 5, 17])
-    )
-    out = varlen(query, key, value, cu_q, cu_k, 5, 12).float()
-    wanted = torch.cat(
-        [
-            _causal(query[rows].float(), key[keys].float(), value[keys].float())
-            for rows, keys in ((slice(0, 5), slice(0, 5)), (slice(5, 8), slice(5, 17)))
-        ]
-    )
+    """Against plain attention, for two prompts."""
+    heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.head_dim
+    query = torch.randn(17, heads, dim, device=device).to(dtype)
+    key, value = torch.randn(2, 17, kv_heads, dim, device=device).to(dtype)
+    prompts = (slice(0, 5), slice(5, 17))
+    sums = torch.tensor([0, 5, 17], dtype=torch.int32, device=device)
+    out = varlen(query, key, value, sums, sums, 12, 12).float()
+    wanted = torch.cat([_causal(query[rows], key[rows], value[rows]) for rows in prompts])
     return torch.allclose(out, wanted, atol=0.05, rtol=0.05)
+
+
+def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Of a prompt, [rows, heads, head_dim], in float32."""
+    query, key, value = (part.transpose(0, 1).float()[None] for part in (query, key, value))
+    out = functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=True
+    )
+    return out[0].transpose(0, 1)

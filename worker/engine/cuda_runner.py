@@ -8,6 +8,7 @@ while that one runs. What a step needs from the CPU is one array, copied once.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,28 +18,36 @@ from nightherd.params import SamplingParams
 from worker.engine import cuda_step
 from worker.engine.cuda_graphs import Capture, GraphCache
 from worker.engine.cuda_groups import Groups, PrefixIndex, padded_tiles
+from worker.engine.cuda_kernels import BLOCK, GROUPS, SAMPLE, Kernels
 from worker.engine.cuda_model import (
-    BLOCK,
     Attend,
     CudaModel,
-    Kernels,
     PrefillAttention,
     Rows,
     varlen_attention,
 )
-from worker.engine.cuda_step import Layout
+from worker.engine.cuda_step import Layout, padded_items
 from worker.engine.interface import EngineRequest
 from worker.engine.runner import Choices, Flight
 from worker.engine.sampler import Sampler
 from worker.engine.scheduler import Plan, Span
 from worker.engine.sequence import Sequence
-from worker.engine.triton_kernels.reference import Prefixes, splits_for
+from worker.engine.triton_kernels.reference import (
+    PARTS_BYTES,
+    SPLIT_BLOCKS,
+    Prefixes,
+    Splits,
+    cuts_of,
+    splits_for,
+    splits_of,
+)
 
 _STAGES = 2
 """A step is packed while the one before may not have been copied yet."""
 
-_LONG = 8192
-"""Positions: from there on decoding takes no more memory."""
+CHOSEN_AT_ONCE = 128
+"""Rows that the sampler of all parameters looks at together: 66 MB of logits at 128k tokens, and up
+to ten times that where it sorts."""
 
 
 class _Stage:
@@ -103,7 +112,12 @@ class CudaRunner:
         self._varlen = varlen_attention(self._model.shape, self._model.dtype, device)
         self._graphs = GraphCache(capture)
         self._prefixes = _prefix_index(self._model)
-        layout = Layout(max_rows, max_sequences, self._prefixes.most_tiles(max_sequences))
+        layout = Layout(
+            max_rows,
+            max_sequences,
+            self._prefixes.most_tiles(max_sequences),
+            padded_items(max_sequences * splits_for(context, BLOCK)),
+        )
         size = layout.size + max_sequences * -(-context // BLOCK)
         self._stages = [_Stage(size, max_sequences, device) for _ in range(_STAGES)]
         self._turn = 0
@@ -112,11 +126,18 @@ class CudaRunner:
         self._left = torch.zeros(max_sequences, dtype=torch.int32, device=device)
         self._tokens = torch.zeros_like(self._left)
         self._best = torch.zeros(max_sequences, dtype=torch.float32, device=device)
-        self._logits: torch.Tensor | None = None
+        # Made here, so that the KV cache does not get its memory.
+        self._logits = torch.empty(
+            max_sequences, self._model.shape.vocab_rows, dtype=self._model.dtype, device=device
+        )
         self._left_by: dict[int, int] = {}
         self._plain: dict[int, bool] = {}
         self._parameters: dict[int, cuda_step.Ints] = {}
-        self._sampler = _GrammarSampler(vocab_size, device, kernels)
+        # One a part, as each keeps what stays the same from step to step.
+        self._samplers = [
+            _GrammarSampler(vocab_size, device, kernels)
+            for _ in range(0, max_sequences, CHOSEN_AT_ONCE)
+        ]
 
     @torch.inference_mode()
     def make_cache(self, blocks: int) -> None:
@@ -127,30 +148,69 @@ class CudaRunner:
 
     def largest_prefill(self) -> None:
         """Computes as much as a step may prefill, into whatever blocks there are, for nobody."""
-        count = min(self._context - 1, self._max_rows)
-        whole, rest = divmod(self._max_rows, count)
-        spans = [Span(sequence, 0, count) for sequence in [self._nobody(count)] * whole]
-        if rest:
-            spans.append(Span(self._nobody(rest), 0, rest))
-        self._try(spans)
+        # As many spans as there may be have most logits, long ones most attention.
+        self._try(self._spread(self._max_rows, self._nobody))
+        longest = min(self._context - 1, self._max_rows)
+        most = min(self._max_rows // longest, self._max_sequences)
+        self._try([Span(sequence, 0, longest) for sequence in [self._nobody(longest)] * most])
 
     def largest_decode(self) -> None:
-        """Likewise, a row of a long context for each of the sequences that may run."""
-        count = min(self._context, _LONG)
-        sequence = self._nobody(count)
-        self._try([Span(sequence, count - 1, 1) for _ in range(self._max_sequences)])
+        """Likewise, a row for each of the sequences that may run, of contexts with as many splits
+        as are computed at a time: longer ones take no more memory."""
+        shape, rows = self._model.shape, self._max_sequences
+        most = PARTS_BYTES // (4 * shape.heads * (shape.head_dim + 1))
+        each, more = divmod(max(most, rows), rows)
+        long, short = (
+            self._nobody(min(self._context, splits * SPLIT_BLOCKS * BLOCK))
+            for splits in (each + 1, each)
+        )
+        sequences = [long] * more + [short] * (rows - more)
+        self._try([Span(sequence, sequence.length - 1, 1) for sequence in sequences])
 
-    def _nobody(self, length: int) -> Sequence:
-        params = SamplingParams(temperature=1.0, top_p=0.9)
+    def largest_choose(self) -> None:
+        """Likewise, as many choices as a step may have, by what takes most memory: a window that
+        does not suffice, so that the vocabulary is sorted."""
+        params = SamplingParams(
+            temperature=100.0,
+            top_p=0.95,
+            repetition_penalty=1.1,
+            frequency_penalty=0.1,
+            logit_bias={0: 1.0},
+            logprobs=20,
+        )
+        rows = min(self._max_rows, 2 * self._max_sequences)
+        self._try(self._spread(rows, lambda length: self._nobody(length, params)))
+
+    def _spread(self, rows: int, nobody: Callable[[int], Sequence]) -> list[Span]:
+        """A step that prefills about so many rows, in as many spans as there may be."""
+        count = min(self._max_sequences, rows)
+        rows = min(rows, count * (self._context - 1))
+        if 1 < count == rows and self._context > 2:
+            count -= 1  # single rows alone would decode
+        length, more = divmod(rows, count)
+        short = nobody(length)
+        spans = [Span(short, 0, length) for _ in range(count - more)]
+        if more:
+            long = nobody(length + 1)
+            spans += [Span(long, 0, length + 1) for _ in range(more)]
+        return spans
+
+    def _nobody(self, length: int, params: SamplingParams | None = None) -> Sequence:
+        params = params or SamplingParams(temperature=1.0, top_p=0.9)
         sequence = Sequence(EngineRequest((0,) * length, params, (0,), 1), 0, 0)
         sequence.block_ids = [block % self.num_blocks for block in range(-(-length // BLOCK))]
         return sequence
 
     def _try(self, spans: list[Span]) -> None:
-        self.execute(Plan(spans))
-        for span in spans:
-            self.forget(span.sequence)
-        self._left_by = {}
+        """Eagerly, and for no graph's sake: what is measured is the step's own memory."""
+        graphs, self._graphs = self._graphs, GraphCache(None)
+        try:
+            self.execute(Plan(spans))
+        finally:
+            self._graphs = graphs
+            for span in spans:
+                self.forget(span.sequence)
+            self._left_by = {}
 
     def execute(self, plan: Plan) -> Choices:
         """Computes all positions of the plan into the KV cache, and chooses the next tokens."""
@@ -159,7 +219,8 @@ class CudaRunner:
     def runs_ahead(self, sequence: Sequence) -> bool:
         found = self._plain.get(id(sequence))
         if found is None:
-            found = self._plain[id(sequence)] = cuda_step.plain(sequence)
+            found = SAMPLE not in self._kernels.lacks and cuda_step.plain(sequence)
+            self._plain[id(sequence)] = found
         return found
 
     @torch.inference_mode()
@@ -180,11 +241,16 @@ class CudaRunner:
         stage = self._stages[self._turn]
         self._turn = (self._turn + 1) % _STAGES
         if rows is not None and cuda_step.decodes(plan):
-            groups = self._prefixes.groups([span.sequence for span in spans])
+            groups = None
+            if GROUPS not in self._kernels.lacks:
+                groups = self._prefixes.groups([span.sequence for span in spans])
             tiles = 0 if groups is None else padded_tiles(len(groups.tiles))
-            layout = Layout(rows, rows, tiles)
-            self._send(stage, layout, spans, groups)
-            logits = self._decode(layout, spans, sampled=plainly)
+            splits = np.array([span.start for span in spans]) // (SPLIT_BLOCKS * BLOCK) + 1
+            several = groups is not None or splits.max() > 1
+            items = padded_items(int(splits.sum())) if several else 0
+            layout = Layout(rows, rows, tiles, items)
+            self._send(stage, layout, spans, groups, splits)
+            logits = self._decode(layout, groups, splits, sampled=plainly)
         else:
             layout = Layout(plan.rows, max(1, len(choosing)))
             self._send(stage, layout, spans)
@@ -195,13 +261,17 @@ class CudaRunner:
         if not choosing:
             return lambda: Choices([], [])
         if not plainly:
-            wide = logits[: len(choosing), : self.vocab_size].float()
-            choices = _reordered(self._sampler.choose(wide, choosing), places)
+            choices = _reordered(self._choose(logits, choosing), places)
             return lambda: choices
         return self._bring_back(stage, len(choosing), places)
 
     def _send(
-        self, stage: _Stage, layout: Layout, spans: list[Span], groups: Groups | None = None
+        self,
+        stage: _Stage,
+        layout: Layout,
+        spans: list[Span],
+        groups: Groups | None = None,
+        splits: cuda_step.Counts | None = None,
     ) -> None:
         """Packs a step and copies it to the card.
 
@@ -211,7 +281,7 @@ class CudaRunner:
         if stage.sent is not None:
             stage.sent.synchronize()
         parameters = [self._parameters_of(span.sequence) for span in spans if span.chooses]
-        used = cuda_step.pack(stage.array, layout, spans, parameters, self._left_by, groups)
+        used = cuda_step.pack(stage.array, layout, spans, parameters, self._left_by, groups, splits)
         self._input[:used].copy_(stage.packed[:used], non_blocking=True)
         if stage.sent is not None:
             stage.sent.record()
@@ -223,27 +293,39 @@ class CudaRunner:
             self._parameters[id(sequence)] = found
         return found
 
-    def _rows(self, layout: Layout) -> tuple[Rows, dict[str, torch.Tensor]]:
-        """Views of the step's array on the card, with the tokens that only the card knows."""
+    def _rows(
+        self, layout: Layout, depth: int = 0, cuts: tuple[tuple[int, int], ...] = ()
+    ) -> tuple[Rows, dict[str, torch.Tensor]]:
+        """Views of the step's array on the card, with the tokens that only the card knows; what is
+        common has up to `depth` splits."""
         views = layout.views(self._input)
         given = views["tokens"]
         left = self._left[(-1 - given).clamp_(0, len(self._left) - 1)]
         tokens = torch.where(given < 0, left, given)
-        prefixes = None
+        prefixes = splits = None
         if layout.tiles:
-            prefixes = Prefixes(views["tiles"], views["members"], views["shared"])
-        rows = Rows(tokens, views["positions"], views["first"], views["blocks"], prefixes)
+            prefixes = Prefixes(views["tiles"], views["members"], views["shared"], depth)
+        if layout.items:
+            splits = Splits(views["items"], views["row_items"], cuts)
+        rows = Rows(tokens, views["positions"], views["first"], views["blocks"], prefixes, splits)
         return rows, views
 
-    def _decode(self, layout: Layout, spans: list[Span], *, sampled: bool) -> torch.Tensor:
+    def _decode(
+        self, layout: Layout, groups: Groups | None, splits: cuda_step.Counts, *, sampled: bool
+    ) -> torch.Tensor:
         """One row a sequence, as a graph where that can be; logits [rows, vocab_rows], or the
         tokens if they have been `sampled`."""
-        longest = max(span.start for span in spans) + 1
-        splits = _power_of_two(splits_for(longest, BLOCK))
+        shape = self._model.shape
+        cuts = cuts_of(splits, shape.heads, shape.head_dim, layout.items)
+        # What fills up is joined with the rest.
+        cuts = (*cuts[:-1], (layout.rows, layout.items if len(cuts) == 1 else cuts[-1][1]))
+        depth = 0
+        if groups is not None:
+            depth = _power_of_two(splits_for(int(groups.tiles[:, 3].max()), 1))
 
         def step() -> torch.Tensor:
-            rows, views = self._rows(layout)
-            attend = self._model.decode_attention(rows, splits)
+            rows, views = self._rows(layout, depth, cuts)
+            attend = self._model.decode_attention(rows)
             logits = self._model.forward(rows, views["ends"], attend)
             if sampled:
                 self._sample(layout, logits)
@@ -251,12 +333,26 @@ class CudaRunner:
                 return self._tokens
             return self._kept(logits)
 
-        return self._graphs.run((layout.rows, layout.tiles, splits, sampled), step)
+        if len(cuts) > 1:
+            # Where it is cut depends on the rows, and a graph would keep it.
+            return step()
+        return self._graphs.run((layout, depth, sampled), step)
+
+    def _choose(self, logits: torch.Tensor, sequences: list[Sequence]) -> Choices:
+        """By every parameter there is; a part of the rows at a time, as float32 and what sampling
+        makes of it takes many times the memory of the logits."""
+        found = Choices([], [])
+        for first in range(0, len(sequences), CHOSEN_AT_ONCE):
+            part = sequences[first : first + CHOSEN_AT_ONCE]
+            wide = logits[first : first + len(part), : self.vocab_size].float()
+            some = self._samplers[first // CHOSEN_AT_ONCE].choose(wide, part)
+            found.token_ids += some.token_ids
+            found.best += some.best
+            found.logprobs |= {first + place: each for place, each in some.logprobs.items()}
+        return found
 
     def _kept(self, logits: torch.Tensor) -> torch.Tensor:
-        """A copy in memory that all sizes share; made by the first, which runs eagerly."""
-        if self._logits is None:
-            self._logits = logits.new_empty(self._max_sequences, logits.shape[1])
+        """A copy in memory that all sizes share."""
         kept = self._logits[: len(logits)]
         kept.copy_(logits)
         return kept
@@ -268,14 +364,24 @@ class CudaRunner:
         return self._model.forward(rows, views["ends"], attend)
 
     def _attend(self, rows: Rows, spans: list[Span], long: int) -> Attend:
-        given = [(span.start, span.count, span.sequence.block_ids) for span in spans[:long]]
-        prefill = PrefillAttention(self._model.shape, given, self._device, self._varlen)
+        model, shape = self._model, self._model.shape
+        given = [(span.start, span.count) for span in spans[:long]]
+        prefill = PrefillAttention(shape, given, rows, self._kernels, self._varlen, model.dtype)
         if long == len(spans):
             return prefill
         single = slice(prefill.rows, None)
-        part = Rows(rows.tokens[single], rows.positions[single], rows.first[single], rows.blocks)
-        longest = max(span.start for span in spans[long:]) + 1
-        decode = self._model.decode_attention(part, splits_for(longest, BLOCK))
+        splits = splits_of(
+            [span.start + 1 for span in spans[long:]],
+            BLOCK,
+            self._device,
+            heads=shape.heads,
+            head_dim=shape.head_dim,
+        )
+        tokens, positions, first = (
+            each[single] for each in (rows.tokens, rows.positions, rows.first)
+        )
+        part = Rows(tokens, positions, first, rows.blocks, splits=splits)
+        decode = model.decode_attention(part)
         if long == 0:
             return decode
 
@@ -321,7 +427,8 @@ class CudaRunner:
         return flight
 
     def forget(self, sequence: Sequence) -> None:
-        self._sampler.forget(sequence)
+        for sampler in self._samplers:
+            sampler.forget(sequence)
         self._parameters.pop(id(sequence), None)
         self._prefixes.forget(sequence)
         self._plain.pop(id(sequence), None)

@@ -1,12 +1,14 @@
 """A step's numbers as the device reads them: one array, so that one copy brings them there. numpy.
 
 For each row: its token, its position, where its block ids begin. For each row that chooses: its
-parameters. Which rows have blocks in common. Then the block ids of all sequences, one after the
-other.
+parameters. Which rows have blocks in common, and into which pieces decode attention splits their
+contexts. Then the block ids of all sequences, one after the other.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -17,36 +19,41 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nightherd.params import SamplingParams
 from worker.engine import noise
 from worker.engine.cuda_groups import Groups
 from worker.engine.scheduler import Plan, Span
 from worker.engine.sequence import Sequence
 
 Ints = npt.NDArray[np.int32]
+Counts = npt.NDArray[np.int64]
 
 GREEDY_BELOW = 1e-5
 """A lower temperature is taken for 0: dividing by it would overflow."""
 _PER_ROW, _PER_CHOICE, _PER_TILE = 3, 8, 4
 _PARAMETERS = 6
+_LEAST_ITEMS = 15
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where everything is in the array of a step of so many rows, `choices` of which choose, and
-    which have blocks in common if there are `tiles`."""
+    """Where everything is in the array of a step of so many rows, `choices` of which choose, which
+    have blocks in common if there are `tiles`, and `items` splits if any context has several."""
 
     rows: int
     choices: int
     tiles: int = 0
+    items: int = 0
 
     @property
     def size(self) -> int:
         """Numbers before the block ids."""
-        per_row = _PER_ROW + (2 if self.tiles else 0)
+        per_row = _PER_ROW + (2 if self.tiles else 0) + (1 if self.items else 0)
         return (
             per_row * _aligned(self.rows)
             + _PER_CHOICE * _aligned(self.choices)
             + _PER_TILE * self.tiles
+            + _aligned(self.items)
         )
 
     def views(self, array: Any) -> dict[str, Any]:
@@ -54,10 +61,11 @@ class Layout:
 
         `parameters` are [6, choices]: the halves of the stream, then temperature, top_k, top_p and
         log_min_p, by their bits. `tiles`, `members` and `shared` are `cuda_groups.Groups`, empty
-        without tiles.
+        without tiles; `items` and `row_items` are `reference.Splits`' rows and first.
         """
         choices, wide, long = self.choices, _aligned(self.choices), _aligned(self.rows)
         grouped = long if self.tiles else 0
+        split = long if self.items else 0
         begin = _PARAMETERS * wide
         views = {"parameters": array[:begin].reshape(_PARAMETERS, wide)[:, :choices]}
         for name, count, size in (
@@ -69,6 +77,8 @@ class Layout:
             ("members", min(self.rows, grouped), grouped),
             ("shared", min(self.rows, grouped), grouped),
             ("tiles", _PER_TILE * self.tiles, _PER_TILE * self.tiles),
+            ("row_items", min(self.rows, split), split),
+            ("items", self.items, _aligned(self.items)),
         ):
             views[name] = array[begin : begin + count]
             begin += size
@@ -100,9 +110,17 @@ def decodes(plan: Plan) -> bool:
 
 
 def ordered(plan: Plan) -> tuple[list[Span], int]:
-    """The plan's spans, those of several rows first, and how many those are."""
+    """The plan's spans, those of several rows first, and how many those are; of these, what is a
+    sequence's beginning comes before what is not."""
     long = [span for span in plan.spans if span.count > 1]
+    long.sort(key=lambda span: span.start > 0)
     return [*long, *(span for span in plan.spans if span.count == 1)], len(long)
+
+
+def padded_items(items: int) -> int:
+    """The number of splits of the graph for so many: few sizes, as idle ones cost little."""
+    power = 1 << max(_LEAST_ITEMS, items - 1).bit_length()
+    return power // 4 * 3 if items <= power // 4 * 3 else power
 
 
 def pack(
@@ -112,17 +130,21 @@ def pack(
     parameters: Many[Ints],
     left: Mapping[int, int],
     groups: Groups | None = None,
+    splits: Counts | None = None,
 ) -> int:
     """Fills in a step; how many numbers of the array it takes.
 
     `parameters` are `parameters_of` each span that chooses, in order. `left` says where the step
     before left the token of a sequence, by its identity: token -1 - i stands for the i-th of those.
-    Rows and choices beyond the plan's get position -1, and are greedy.
+    Rows and choices beyond the plan's get position -1, and are greedy. `splits` are how many each
+    row's context has.
     """
     views = layout.views(array)
     _pack_rows(views, spans, left)
     if groups is not None:
         _pack_groups(views, groups)
+    if layout.items and splits is not None:
+        _pack_splits(views, splits)
     choosing = [span for span in spans if span.chooses]
     count = len(choosing)
     if count:
@@ -177,6 +199,14 @@ def _pack_groups(views: Mapping[str, Ints], groups: Groups) -> None:
     views["tiles"][tiles:] = 0
 
 
+def _pack_splits(views: Mapping[str, Ints], splits: Counts) -> None:
+    rows, items = len(splits), int(splits.sum())
+    views["row_items"][:rows] = splits.cumsum() - splits
+    views["row_items"][rows:] = 0
+    views["items"][:items] = np.repeat(np.arange(rows), splits)
+    views["items"][items:] = -1
+
+
 def _token(sequence: Sequence, position: int, left: Mapping[int, int]) -> int:
     if position < sequence.known:
         return sequence.token_ids[position]
@@ -203,18 +233,47 @@ def _bits(value: float) -> int:
     return int(np.array([value], np.float32).view(np.int32)[0])
 
 
+_PLAIN_FIELDS = frozenset(
+    {
+        # What the kernel for samples does.
+        *("temperature", "top_k", "top_p", "min_p", "seed", "seeds"),
+        # What is computed, when a sample ends and what becomes of its text: not what is chosen.
+        *("prompt_token_ids", "n", "priority", "job", "max_tokens", "max_length", "max_new_tokens"),
+        *("stop", "stop_token_ids", "eos_token_ids", "ignore_eos", "make_stop_check"),
+        *("skip_special_tokens", "include_stop_str_in_output"),
+        *("truncate_prompt_tokens", "add_special_tokens"),
+        # Looked at themselves: parameters, and the grammar that comes of a format.
+        *("params", "response_format", "structured_outputs"),
+    }
+)
+"""Fields of a request and its parameters that let the kernel choose. Any other that is set does
+not, so that a new one is honoured by the sampler of all parameters, not ignored."""
+
+
 def plain(sequence: Sequence) -> bool:
     """Whether temperature, top-k, top-p and min-p are all that its choice depends on."""
-    request, params = sequence.request, sequence.request.params
-    return (
-        sequence.grammar is None
-        and request.make_grammar is None
-        and not request.bad_words
-        and not params.min_tokens
-        and not params.logit_bias
-        and params.allowed_token_ids is None
-        and params.logprobs is None
-        and params.repetition_penalty == 1
-        and params.presence_penalty == 0
-        and params.frequency_penalty == 0
-    )
+    request = sequence.request
+    return sequence.grammar is None and _is_usual(request) and _is_usual(request.params)
+
+
+def _is_usual(given: object) -> bool:
+    kind: Any = type(given)
+    return all(getattr(given, name) == usual for name, usual in _usual(kind))
+
+
+@functools.cache
+def _usual(kind: type[Any]) -> tuple[tuple[str, Any], ...]:
+    """The fields that matter, with what they are where nobody sets them."""
+    if issubclass(kind, SamplingParams):
+        found = {
+            name: field.get_default(call_default_factory=True)
+            for name, field in kind.model_fields.items()
+        }
+    else:
+        found = {
+            field.name: field.default
+            if field.default_factory is dataclasses.MISSING
+            else field.default_factory()
+            for field in dataclasses.fields(kind)
+        }
+    return tuple((name, usual) for name, usual in found.items() if name not in _PLAIN_FIELDS)

@@ -6,6 +6,11 @@ import itertools
 
 from worker.engine.interface import EngineRequest
 
+_CUDA_OUT_OF_MEMORY = 2
+"""`cudaErrorMemoryAllocation`."""
+_LACKING = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+"""In the words of torch's allocator for the CPU, of the driver, of Triton and of cuBLAS."""
+
 
 def problem_of(
     request: EngineRequest, vocab_size: int, context_length: int
@@ -45,11 +50,15 @@ def problem_of(
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether less work at a time may help."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    name = type(error).__name__
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
         return True
-    # torch's allocator for the CPU raises a plain RuntimeError.
+    code = getattr(error, "error_code", None)
+    if name == "AcceleratorError" and code is not None:
+        # The driver's, not the allocator's: of a graph, or a kernel that is loaded.
+        return bool(code == _CUDA_OUT_OF_MEMORY)
     text = str(error)
-    return "can't allocate memory" in text or "not enough memory" in text
+    return any(words in text for words in _LACKING)
 
 
 def one_line(error: BaseException) -> str:

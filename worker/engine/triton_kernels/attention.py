@@ -3,10 +3,14 @@
 One program serves all query heads of a key-value head (grouped-query attention) over one split of a
 row's context; a second kernel joins the splits (Flash-Decoding: Dao et al. 2023). Splits have a
 fixed length, so a row's result does not depend on its company, but for the roundings of a group's
-common blocks (`prefix.py`).
+common blocks (`prefix.py`). All rows' splits are one list: a long context among short ones brings
+its own, and none to the others.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -14,10 +18,8 @@ import triton.language as tl
 
 from worker.engine.triton_kernels.launch import WIDE_DOTS, power_of_two
 from worker.engine.triton_kernels.prefix import attend_prefixes
-from worker.engine.triton_kernels.reference import SPLIT_BLOCKS, Prefixes
+from worker.engine.triton_kernels.reference import SPLIT_BLOCKS, Prefixes, Splits
 
-PARTS_BYTES = 256 * 2**20
-"""Of the parts of rows that are joined at a time."""
 WARPS, STAGES = 4, 3
 """Of decode attention. Three stages load a block while the one before is computed only by other
 programs of the multiprocessor (five fit, of 32 KiB each at head_dim 128), five stages by the same
@@ -32,58 +34,51 @@ def decode_attention(
     first: torch.Tensor,
     blocks: torch.Tensor,
     *,
-    splits: int,
+    splits: Splits | None,
     lse: torch.Tensor | None = None,
     prefixes: Prefixes | None = None,
 ) -> torch.Tensor:
     """Each row's attention over positions [0, its own]: [rows, heads * head_dim], of query's type.
 
     `query` is [rows, heads, head_dim], each row contiguous; `cache`, `positions`, `first` and
-    `blocks` (int32) are as the package says; `splits` covers the longest context. `lse`, float32
-    [rows, heads], gets the natural log-sum-exp of the scaled scores. With `prefixes` the blocks
-    that rows have in common are read once for all of them.
+    `blocks` (int32) are as the package says; without `splits` no context is longer than one. `lse`,
+    float32 [rows, heads], gets the natural log-sum-exp of the scaled scores. With `prefixes`, which
+    need `splits`, the blocks that rows have in common are read once for all of them.
     """
     rows, heads, head_dim = query.shape
     out = query.new_empty(rows, heads * head_dim)
     scores = query.new_empty(1, 1, dtype=torch.float32) if lse is None else lse
-    if splits == 1 and prefixes is None:
-        parts = part_lse = scores
-        _launch(query, cache, positions, first, blocks, out, parts, part_lse, scores, 1, lse, None)
+    given = (query, cache, positions, first, blocks, out, scores)
+    if splits is None:
+        _launch(*given, rows, None, scores, scores, 0, lse is not None, None)
         return out
-    # One long context among many short ones: its splits are there for every row.
-    step = min(rows, max(1, PARTS_BYTES // (4 * heads * splits * (head_dim + 1))))
-    size = step * heads * splits
-    parts = torch.empty(size, head_dim, dtype=torch.float32, device=query.device)
-    part_lse = torch.empty(size, dtype=torch.float32, device=query.device)
-    for begin in range(0, rows, step):
-        some = slice(begin, begin + step)
-        places, own = positions[some], out[some]
-        own_scores = scores if lse is None else lse[some]
+    size = max(end - begin for (_, begin), (_, end) in _pieces(splits))
+    parts = torch.empty(size * heads, head_dim, dtype=torch.float32, device=query.device)
+    part_lse = torch.empty(size * heads, dtype=torch.float32, device=query.device)
+    for (row, item), (row_end, item_end) in _pieces(splits):
         if prefixes is not None:
             attend_prefixes(
-                query[some], cache, first, blocks, prefixes, parts, part_lse, splits, begin
+                query,
+                cache,
+                first,
+                blocks,
+                prefixes,
+                splits.first,
+                parts,
+                part_lse,
+                rows=(row, row_end),
+                item=item,
             )
-        _launch(
-            query[some],
-            cache,
-            places,
-            first[some],
-            blocks,
-            own,
+        _launch(*given, item_end - item, splits, parts, part_lse, item, lse is not None, prefixes)
+        _join[(row_end - row, heads)](
+            positions,
+            splits.first,
             parts,
             part_lse,
-            own_scores,
-            splits,
-            lse,
-            None if prefixes is None else prefixes.shared[some],
-        )
-        _join[(len(places), heads)](
-            places,
-            parts,
-            part_lse,
-            own,
-            own_scores,
-            splits,
+            out,
+            scores,
+            row,
+            item,
             HEADS=heads,
             HEAD_DIM=head_dim,
             DIMS=power_of_two(head_dim, least=16),
@@ -94,6 +89,11 @@ def decode_attention(
     return out
 
 
+def _pieces(splits: Splits) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """The (row, split) at which each piece of the work begins, and where it ends."""
+    return itertools.pairwise([(0, 0), *splits.cuts])
+
+
 def _launch(
     query: torch.Tensor,
     cache: torch.Tensor,
@@ -101,30 +101,34 @@ def _launch(
     first: torch.Tensor,
     blocks: torch.Tensor,
     out: torch.Tensor,
+    scores: torch.Tensor,
+    items: int,
+    splits: Splits | None,
     parts: torch.Tensor,
     part_lse: torch.Tensor,
-    scores: torch.Tensor,
-    splits: int,
-    lse: torch.Tensor | None,
-    shared: torch.Tensor | None,
+    item: int,
+    with_lse: bool,
+    prefixes: Prefixes | None,
 ) -> None:
-    rows, heads, head_dim = query.shape
+    _, heads, head_dim = query.shape
     kv_heads, block = cache.shape[2], cache.shape[3]
     group = heads // kv_heads
-    _decode[(rows, kv_heads, splits)](
+    _decode[(items, kv_heads)](
         query,
         cache,
         positions,
         first,
         blocks,
-        positions if shared is None else shared,
+        positions if splits is None else splits.rows,
+        positions if splits is None else splits.first,
+        positions if prefixes is None else prefixes.shared,
         out,
         parts,
         part_lse,
         scores,
         query.stride(0),
         head_dim**-0.5,
-        splits,
+        item,
         KV_HEADS=kv_heads,
         GROUP=group,
         GROUP_ROWS=power_of_two(group, least=16),
@@ -132,9 +136,9 @@ def _launch(
         DIMS=power_of_two(head_dim, least=16),
         BLOCK=block,
         SPLIT_BLOCKS=SPLIT_BLOCKS,
-        DIRECT=splits == 1 and shared is None,
-        GROUPED=shared is not None,
-        WITH_LSE=lse is not None,
+        DIRECT=splits is None,
+        GROUPED=prefixes is not None,
+        WITH_LSE=with_lse,
         WIDE=WIDE_DOTS or query.dtype == torch.float32,
         num_warps=WARPS,
         num_stages=STAGES,
@@ -142,8 +146,14 @@ def _launch(
 
 
 @triton.jit(
-    do_not_specialize=["splits"],
-    do_not_specialize_on_alignment=["position_ptr", "first_ptr", "shared_ptr"],
+    do_not_specialize=["first_item"],
+    do_not_specialize_on_alignment=[
+        "position_ptr",
+        "first_ptr",
+        "item_row_ptr",
+        "row_item_ptr",
+        "shared_ptr",
+    ],
 )
 def _decode(
     query_ptr,
@@ -151,6 +161,8 @@ def _decode(
     position_ptr,
     first_ptr,
     blocks_ptr,
+    item_row_ptr,
+    row_item_ptr,
     shared_ptr,
     out_ptr,
     parts_ptr,
@@ -158,7 +170,7 @@ def _decode(
     lse_ptr,
     query_stride,
     scale,
-    splits,
+    first_item,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
@@ -171,10 +183,18 @@ def _decode(
     WITH_LSE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    item = tl.program_id(0)
     head = tl.program_id(1)
-    split = tl.program_id(2)
-    length = tl.load(position_ptr + row) + 1
+    if DIRECT:
+        row = item.to(tl.int64)
+        split = 0
+        length = tl.load(position_ptr + row) + 1
+    else:
+        owner = tl.load(item_row_ptr + first_item + item)
+        row = tl.maximum(owner, 0).to(tl.int64)
+        split = first_item + item - tl.load(row_item_ptr + row)
+        # A split that fills up is nobody's.
+        length = tl.where(owner >= 0, tl.load(position_ptr + row) + 1, 0)
     begin = split * SPLIT_BLOCKS
     end = tl.minimum(begin + SPLIT_BLOCKS, tl.cdiv(length, BLOCK))
     if GROUPED:
@@ -202,7 +222,7 @@ def _decode(
         if GROUPED:
             # A split that begins with common blocks goes on from their part.
             held = (members < GROUP) & started
-            place = (row * (KV_HEADS * GROUP) + heads) * splits + split
+            place = item.to(tl.int64) * (KV_HEADS * GROUP) + heads
             maximum = tl.load(part_lse_ptr + place, mask=held, other=-1e30)
             total = tl.where(held, 1.0, 0.0)
             sums = tl.load(
@@ -254,27 +274,33 @@ def _decode(
             if WITH_LSE:
                 tl.store(lse_ptr + flat, score / _LOG2_E, mask=members < GROUP)
         else:
-            place = flat * splits + split
+            place = item.to(tl.int64) * (KV_HEADS * GROUP) + heads
             tl.store(parts_ptr + place[:, None] * HEAD_DIM + dims[None, :], sums, mask=real)
             tl.store(part_lse_ptr + place, score, mask=members < GROUP)
 
 
-@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["position_ptr"])
+@triton.jit(
+    do_not_specialize=["first_row", "first_item"],
+    do_not_specialize_on_alignment=["position_ptr", "row_item_ptr"],
+)
 def _join(
     position_ptr,
+    row_item_ptr,
     parts_ptr,
     part_lse_ptr,
     out_ptr,
     lse_ptr,
-    splits,
+    first_row,
+    first_item,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
     SPLIT: tl.constexpr,
     WITH_LSE: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = (first_row + tl.program_id(0)).to(tl.int64)
     flat = row * HEADS + tl.program_id(1)
+    begin = (tl.load(row_item_ptr + row) - first_item).to(tl.int64)
     used = tl.cdiv(tl.load(position_ptr + row) + 1, SPLIT)
     dims = tl.arange(0, DIMS)
     maximum = tl.full([1], -1e30, tl.float32)
@@ -282,7 +308,7 @@ def _join(
     sums = tl.zeros([DIMS], tl.float32)
     # In order, so that splits which only others use change no bit.
     for split in range(used):
-        place = flat * splits + split
+        place = (begin + split) * HEADS + tl.program_id(1)
         score = tl.load(part_lse_ptr + place)
         part = tl.load(parts_ptr + place * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
         higher = tl.maximum(maximum, score)

@@ -24,35 +24,37 @@ def attend_prefixes(
     first: torch.Tensor,
     blocks: torch.Tensor,
     prefixes: Prefixes,
+    row_item: torch.Tensor,
     parts: torch.Tensor,
     part_lse: torch.Tensor,
-    splits: int,
-    begin: int,
+    *,
+    rows: tuple[int, int],
+    item: int,
 ) -> None:
-    """Writes the parts of rows [begin, begin + rows) over their groups' blocks.
+    """Writes the parts of rows `[rows[0], rows[1])` over their groups' blocks.
 
-    `query` [rows, heads, head_dim] is of those rows, `first` of all rows of the step; `parts` and
-    `part_lse` are [rows, heads, splits, …] in float32, the log-sum-exp to base 2.
+    `row_item` is where each row's splits begin, `item` where those of the first of these rows do;
+    `parts` and `part_lse` are [splits, heads, …] of theirs in float32, the log-sum-exp to base 2.
     """
-    rows, heads, head_dim = query.shape
+    _, heads, head_dim = query.shape
     kv_heads, block = cache.shape[2], cache.shape[3]
     group = heads // kv_heads
     tile_rows = max(TILE_ROWS, power_of_two(group))
     wide = WIDE_DOTS or query.dtype == torch.float32
-    _attend_prefixes[(len(prefixes.tiles), kv_heads, splits)](
+    _attend_prefixes[(len(prefixes.tiles), kv_heads, prefixes.splits)](
         query,
         cache,
         first,
         blocks,
         prefixes.tiles,
         prefixes.members,
+        row_item,
         parts,
         part_lse,
         query.stride(0),
         head_dim**-0.5,
-        splits,
-        begin,
-        rows,
+        *rows,
+        item,
         KV_HEADS=kv_heads,
         GROUP=group,
         TILE_ROWS=tile_rows,
@@ -68,7 +70,10 @@ def attend_prefixes(
     )
 
 
-@triton.jit(do_not_specialize=["splits", "begin", "rows"])
+@triton.jit(
+    do_not_specialize=["first_row", "end_row", "first_item"],
+    do_not_specialize_on_alignment=["row_item_ptr"],
+)
 def _attend_prefixes(
     query_ptr,
     cache_ptr,
@@ -76,13 +81,14 @@ def _attend_prefixes(
     blocks_ptr,
     tiles_ptr,
     members_ptr,
+    row_item_ptr,
     parts_ptr,
     part_lse_ptr,
     query_stride,
     scale,
-    splits,
-    begin,
-    rows,
+    first_row,
+    end_row,
+    first_item,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     TILE_ROWS: tl.constexpr,
@@ -106,10 +112,9 @@ def _attend_prefixes(
         row = tl.load(
             members_ptr + tl.load(tile) + member, mask=member < tl.load(tile + 1), other=-1
         )
-        row = row - begin
         # A group's other rows may be in other calls.
-        own = (member < tl.load(tile + 1)) & (row >= 0) & (row < rows)
-        row = tl.where(own, row, 0).to(tl.int64)
+        own = (member < tl.load(tile + 1)) & (row >= first_row) & (row < end_row)
+        row = tl.where(own, row, first_row).to(tl.int64)
         heads = head * GROUP + places % GROUP
         real = own[:, None] & inside[None, :]
         query = tl.load(
@@ -152,6 +157,7 @@ def _attend_prefixes(
             sums += tl.dot(weights.to(value.dtype), value, input_precision="ieee")
             maximum = higher
         sums = sums / total[:, None]
-        place = (row * (KV_HEADS * GROUP) + heads) * splits + split
+        item = tl.load(row_item_ptr + row) - first_item + split
+        place = item.to(tl.int64) * (KV_HEADS * GROUP) + heads
         tl.store(parts_ptr + place[:, None] * HEAD_DIM + dims[None, :], sums, mask=real)
         tl.store(part_lse_ptr + place, maximum + tl.log2(total), mask=own)

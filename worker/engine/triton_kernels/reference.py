@@ -5,8 +5,11 @@ Each function has the name, the arguments and the results of its kernel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 
@@ -14,6 +17,28 @@ from worker.engine import noise
 
 SPLIT_BLOCKS = 4
 """Blocks of a split of decode attention. Changing it changes roundings."""
+lacks: frozenset[str] = frozenset()
+"""What is missing among these functions: see `cuda_kernels.Kernels`."""
+PARTS_BYTES = 256 * 2**20
+"""Of the parts of rows that are joined at a time."""
+
+_TILE, _WIDE_TILE = 128, 64
+"""Query rows of a prompt, heads included, that read keys and values together: twice as many as a
+warp group multiplies at a time, in float32 one."""
+
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """The pieces of fixed length that contexts are read in, all rows' in one list, int32."""
+
+    rows: torch.Tensor
+    """Whose each is; -1 fills up."""
+    first: torch.Tensor
+    """Where each row's begin."""
+    cuts: tuple[tuple[int, int], ...]
+    """What is computed at a time: up to so many rows, which are so many pieces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +49,74 @@ class Prefixes:
     tiles: torch.Tensor
     members: torch.Tensor
     shared: torch.Tensor
+    splits: int
+    """Of the longest common beginning, at most."""
 
 
 def splits_for(length: int, block: int) -> int:
     """Splits of a context of `length` positions."""
-    return max(1, -(-length // (SPLIT_BLOCKS * block)))
+    return -(-length // (SPLIT_BLOCKS * block))
+
+
+def splits_of(
+    lengths: Many[int],
+    block: int,
+    device: torch.device,
+    *,
+    heads: int,
+    head_dim: int,
+    more: int = 0,
+) -> Splits:
+    """The splits of rows with contexts of these lengths, and `more` that fill up."""
+    counts = np.array([splits_for(length, block) for length in lengths], np.int64)
+    rows = np.full(int(counts.sum()) + more, -1, np.int32)
+    rows[: counts.sum()] = np.repeat(np.arange(len(counts)), counts)
+    first = (counts.cumsum() - counts).astype(np.int32)
+    return Splits(
+        torch.from_numpy(rows).to(device),
+        torch.from_numpy(first).to(device),
+        cuts_of(counts, heads, head_dim, len(rows)),
+    )
+
+
+def cuts_of(counts: Counts, heads: int, head_dim: int, items: int) -> tuple[tuple[int, int], ...]:
+    """Where a step of rows with so many splits is cut, so that its parts take no more than
+    `PARTS_BYTES`; `items` are all splits, with those that fill up."""
+    most = max(1, PARTS_BYTES // (4 * heads * (head_dim + 1)))
+    if items <= most:
+        return ((len(counts), items),)
+    cuts: list[tuple[int, int]] = []
+    ends = counts.cumsum()
+    row = done = 0
+    while row < len(counts):
+        row = max(row + 1, int(np.searchsorted(ends, done + most, "right")))
+        done = int(ends[row - 1])
+        cuts.append((row, done))
+    return tuple(cuts)
+
+
+def prefill_tile(group: int, dtype: torch.dtype) -> int:
+    """Query rows of a tile, where `group` query heads share one of keys."""
+    least = _WIDE_TILE if dtype == torch.float32 else _TILE
+    return max(least, 1 << (group - 1).bit_length())
+
+
+def tiles_of(
+    spans: Many[tuple[int, int, int]], group: int, dtype: torch.dtype
+) -> npt.NDArray[np.int32]:
+    """The tiles of spans (first row of the step, rows, first position): [tiles, 2], first row and
+    rows.
+
+    Those at the latest positions come first, as they take longest.
+    """
+    size = max(1, prefill_tile(group, dtype) // group)
+    tiles = [
+        (start + offset, begin + offset, min(size, count - offset))
+        for begin, count, start in spans
+        for offset in range(0, count, size)
+    ]
+    tiles.sort(key=lambda tile: -tile[0])
+    return np.array([tile[1:] for tile in tiles], np.int32).reshape(-1, 2)
 
 
 def decode_attention(
@@ -38,7 +126,7 @@ def decode_attention(
     first: torch.Tensor,
     blocks: torch.Tensor,
     *,
-    splits: int,
+    splits: Splits | None,
     lse: torch.Tensor | None = None,
     prefixes: Prefixes | None = None,
 ) -> torch.Tensor:
@@ -82,6 +170,32 @@ def _led(
         raise AssertionError(f"row {row} shares {shared} blocks, its tile {common}")
     start = int(first[leader])
     return torch.cat([blocks[start : start + shared], table[shared:]])
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    positions: torch.Tensor,
+    first: torch.Tensor,
+    blocks: torch.Tensor,
+    tiles: torch.Tensor,
+) -> torch.Tensor:
+    """See `prefill.prefill_attention`."""
+    rows, heads, head_dim = query.shape
+    group = heads // cache.shape[2]
+    out = query.new_empty(rows, heads, head_dim)
+    for begin, count in tiles.tolist():
+        own = slice(begin, begin + count)
+        start = int(positions[begin])
+        keys, values = gathered(cache, blocks[int(first[begin]) :], start + count)
+        seen = torch.arange(start + count, device=query.device) <= positions[own, None]
+        out[own] = functional.scaled_dot_product_attention(
+            query[own].transpose(0, 1).float(),
+            keys.float().repeat_interleave(group, dim=1).transpose(0, 1),
+            values.float().repeat_interleave(group, dim=1).transpose(0, 1),
+            attn_mask=seen,
+        ).transpose(0, 1)
+    return out.view(rows, -1)
 
 
 def gathered(

@@ -26,6 +26,7 @@ if DEVICE.type == "cpu":
 triton = pytest.importorskip("triton")
 import worker.engine.triton_kernels.attention  # noqa: E402
 import worker.engine.triton_kernels.layers  # noqa: E402
+import worker.engine.triton_kernels.prefill  # noqa: E402
 import worker.engine.triton_kernels.sampling  # noqa: E402,F401
 
 if DEVICE.type == "cpu":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -15,11 +13,10 @@ import torch
 from tests.checkpoints import tiny_llama
 from tests.engines import PROMPTS, VOCAB, ask, tokens, wait
 from tests.worker.engine.test_torch_runner import LONG, MODELS, generated
-from worker.engine import cuda_graphs, cuda_model, cuda_step
+from worker.engine import cuda_step
 from worker.engine.block_manager import BlockManager
-from worker.engine.cuda_graphs import EAGER_USES, GraphCache, Step
-from worker.engine.cuda_memory import Use
-from worker.engine.cuda_model import fused_kernels
+from worker.engine.cuda_graphs import GraphCache, Step
+from worker.engine.cuda_kernels import fused_kernels
 from worker.engine.cuda_runner import CudaRunner
 from worker.engine.cuda_step import Layout, bucket, buckets, pack, parameters_of
 from worker.engine.engine import BatchEngine
@@ -145,26 +142,6 @@ def test_logits_that_are_not_finite_fail_their_own_sample(started: Any) -> None:
     assert wait(engine.add(ask((3, 5, 4)))).token_ids == wait(good).token_ids
 
 
-def test_the_largest_steps_can_be_tried(started: Any) -> None:
-    """What the card is measured by: it needs few blocks, and leaves nothing behind."""
-    runner = runner_of(tiny_llama(), blocks=3)
-    for _ in range(2):
-        runner.largest_prefill()
-        runner.largest_decode()
-    assert not runner._parameters
-    runner.make_cache(40)
-    wanted = generated(tiny_llama(), PROMPTS, 8)
-    got = tokens(started(runner), *(ask(prompt, max_new_tokens=8) for prompt in PROMPTS))
-    assert got == [tuple(row) for row in wanted]
-
-
-def test_the_cache_gets_what_is_left() -> None:
-    gib = 1 << 30
-    use = Use(total=140 * gib, used=16 * gib, prefill=4 * gib, decode=2 * gib)
-    assert use.cache == int(0.92 * 140 * gib) - 16 * gib - int(1.1 * 6 * gib) - gib // 2
-    assert Use(total=10 * gib, used=9 * gib, prefill=gib, decode=gib).cache == 0
-
-
 class Event:
     """Of a copy that is under way until somebody waits for it."""
 
@@ -284,112 +261,3 @@ def test_decoding_steps_are_told_from_others() -> None:
     assert not cuda_step.decodes(Plan([Span(one, 3, 2)]))
     spans, long = cuda_step.ordered(Plan([Span(one, 4, 1), Span(two, 0, 9)]))
     assert ([span.sequence for span in spans], long) == ([two, one], 1)
-
-
-def test_graphs_are_captured_once_a_size_comes_again() -> None:
-    calls: list[str] = []
-
-    def step() -> torch.Tensor:
-        calls.append("step")
-        return torch.zeros(1)
-
-    def capture(given: Step) -> Step:
-        calls.append("capture")
-        return lambda: given()
-
-    graphs = GraphCache(capture)
-    for _ in range(EAGER_USES + 3):
-        graphs.run(4, step)
-    graphs.run(8, step)
-    assert calls == ["step"] * EAGER_USES + ["capture"] + ["step"] * 4
-    assert len(graphs) == 1
-
-
-def test_a_lack_of_memory_costs_one_graph_for_a_while(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda_graphs, "CALM_USES", 5)
-    lacking = [True]
-
-    def capture(step: Step) -> Step:
-        if lacking:
-            lacking.pop()
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return step
-
-    graphs = GraphCache(capture)
-    with caplog.at_level(logging.WARNING, "nightherd.engine"):
-        for use in range(EAGER_USES + 1 + 5 + EAGER_USES + 1):
-            assert len(graphs) == 0, use
-            assert graphs.run(4, lambda: torch.ones(1)) == 1
-    assert len(graphs) == 1
-    assert len(caplog.records) == 1
-
-
-def test_a_failed_capture_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch leaves the stream of a capture that fails at its end, and its pool, unusable."""
-    current, pools = ["the engine's"], []
-
-    @contextlib.contextmanager
-    def stream(wanted: str) -> Iterator[None]:
-        before = current[0]
-        current[0] = wanted
-        try:
-            yield
-        finally:
-            current[0] = before
-
-    @contextlib.contextmanager
-    def graph(_graph: Any, *, pool: int, capture_error_mode: str) -> Iterator[None]:
-        pools.append(pool)
-        current[0] = "the capture's"
-        yield
-        raise RuntimeError("operation failed due to a previous error during capture")
-
-    for name, fake in {
-        "graph_pool_handle": iter(range(9)).__next__,
-        "synchronize": lambda device: None,
-        "CUDAGraph": lambda: None,
-        "current_stream": lambda device: current[0],
-        "stream": stream,
-        "graph": graph,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    capture = cuda_graphs.cuda_capture(torch.device("cuda", 0))
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="previous error"):
-            capture(lambda: torch.ones(1))
-        assert current == ["the engine's"]
-    assert pools == [0, 1]
-
-
-def test_the_kernels_are_tried_on_their_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton launches on the thread's current device, wherever its tensors are."""
-    current: list[Any] = []
-
-    @contextlib.contextmanager
-    def device(wanted: torch.device) -> Iterator[None]:
-        current.append(wanted)
-        yield
-        current.pop()
-
-    class Kernels:
-        def rms_norm(self, rows: torch.Tensor, *given: Any) -> torch.Tensor:
-            assert current == [rows.device]
-            return rows.clone()
-
-    monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(cuda_model, "fused_kernels", Kernels)
-    cuda_model.kernels_for(torch.device("cpu"))
-
-
-def test_without_graphs_it_goes_on(caplog: pytest.LogCaptureFixture) -> None:
-    def capture(step: Step) -> Step:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    graphs = GraphCache(capture)
-    with caplog.at_level(logging.WARNING, "nightherd.engine"):
-        for size in (1, 2):
-            for _ in range(EAGER_USES + 2):
-                assert graphs.run(size, lambda: torch.ones(1)) == 1
-    assert len(caplog.records) == 1

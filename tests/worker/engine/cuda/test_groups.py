@@ -14,7 +14,7 @@ from tests.worker.engine.cuda.test_cuda_runner import fake_capture
 from worker.engine import cuda_groups
 from worker.engine.block_manager import BlockManager
 from worker.engine.cuda_groups import Groups, PrefixIndex, padded_tiles
-from worker.engine.cuda_model import fused_kernels
+from worker.engine.cuda_kernels import fused_kernels
 from worker.engine.cuda_runner import CudaRunner
 from worker.engine.cuda_step import Layout, pack
 from worker.engine.engine import BatchEngine
@@ -237,7 +237,7 @@ def answers(kernels: Any, requests: list[Any], rounds: int = 1, **given: Any) ->
         engine.stop(timeout=20)
     assert engine.broken is None
     assert not runner._prefixes._paths
-    return [outputs, {size[1] for size in runner._graphs._uses}, scheduler.preemptions]
+    return [outputs, {size[0].tiles for size in runner._graphs._uses}, scheduler.preemptions]
 
 
 def requests(lengths: list[int], samples: int, out: int) -> list[Any]:

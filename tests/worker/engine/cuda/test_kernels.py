@@ -11,6 +11,7 @@ import torch
 
 from worker.engine import noise
 from worker.engine.triton_kernels import attention, layers, reference, sampling
+from worker.engine.triton_kernels.reference import Splits
 
 BLOCK = 64
 SPLIT = reference.SPLIT_BLOCKS * BLOCK
@@ -53,6 +54,12 @@ class Paged:
                 self.cache[page, :, :, place % block] = torch.randn(2, kv_heads, head_dim)
 
 
+def splits_of(query: torch.Tensor, positions: torch.Tensor, more: int = 0) -> Splits:
+    lengths = (positions + 1).tolist()
+    _, heads, dim = query.shape
+    return reference.splits_of(lengths, BLOCK, query.device, heads=heads, head_dim=dim, more=more)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
@@ -67,7 +74,7 @@ def test_decode_attention(
     query = torch.randn(rows, 2 * (group + 2) * head_dim, device=device).to(dtype)
     query = query[:, : 2 * group * head_dim].view(rows, 2 * group, head_dim)
     given = (query, paged.cache, paged.positions, paged.first, paged.blocks)
-    splits = reference.splits_for(max(lengths), BLOCK)
+    splits = splits_of(query, paged.positions, more=3)
     lse, wanted_lse = torch.zeros(2, rows, 2 * group, device=device)
     got = attention.decode_attention(*given, splits=splits, lse=lse)
     wanted = reference.decode_attention(*given, splits=splits, lse=wanted_lse)
@@ -80,21 +87,27 @@ def test_decode_attention(
 def test_a_decoding_row_is_the_same_in_any_company(
     dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Bit by bit, with more splits than it needs and with none but its own."""
+    """Bit by bit, among longer ones, and where nothing is joined."""
     paged = Paged([SPLIT - 5, 3 * SPLIT + 1, 70], 2, 64, dtype, device)
     query = torch.randn(3, 8, 64, device=device).to(dtype)
     together = attention.decode_attention(
-        query, paged.cache, paged.positions, paged.first, paged.blocks, splits=6
+        query,
+        paged.cache,
+        paged.positions,
+        paged.first,
+        paged.blocks,
+        splits=splits_of(query, paged.positions, more=6),
     )
     for row in range(3):
         one = slice(row, row + 1)
+        short = paged.positions[row] < SPLIT
         alone = attention.decode_attention(
             query[one],
             paged.cache,
             paged.positions[one],
             paged.first[one],
             paged.blocks,
-            splits=reference.splits_for(int(paged.positions[row]) + 1, BLOCK),
+            splits=None if short else splits_of(query, paged.positions[one]),
         )
         assert torch.equal(alone[0], together[row])
 
@@ -106,10 +119,42 @@ def test_rows_with_many_splits_go_in_parts(
     query = torch.randn(5, 4, 64, device=device)
     given = (query, paged.cache, paged.positions, paged.first, paged.blocks)
     lse, again = torch.zeros(2, 5, 4, device=device)
-    whole = attention.decode_attention(*given, splits=2, lse=lse)
-    monkeypatch.setattr(attention, "PARTS_BYTES", 2 * 4 * 4 * 2 * 65)
-    assert torch.equal(attention.decode_attention(*given, splits=2, lse=again), whole)
-    assert torch.equal(lse, again)
+    splits = splits_of(query, paged.positions)
+    assert splits.cuts == ((5, 7),)
+    whole = attention.decode_attention(*given, splits=splits, lse=lse)
+    for most, cuts in (
+        (3, ((2, 3), (4, 6), (5, 7))),
+        (1, ((1, 1), (2, 3), (3, 4), (4, 6), (5, 7))),
+    ):
+        monkeypatch.setattr(reference, "PARTS_BYTES", most * 4 * 4 * 65)
+        splits = splits_of(query, paged.positions)
+        assert splits.cuts == cuts
+        assert torch.equal(attention.decode_attention(*given, splits=splits, lse=again), whole)
+        assert torch.equal(lse, again)
+
+
+def test_a_long_context_brings_splits_for_itself_alone(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among many short ones it is one grid, with a program for each split that there is."""
+    lengths = [3] * 40 + [9 * SPLIT + 1] + [70] * 40
+    paged = Paged(lengths, 1, 64, torch.float32, device)
+    query = torch.randn(len(lengths), 2, 64, device=device)
+    splits = splits_of(query, paged.positions)
+    assert splits.rows.tolist() == [*range(40), *[40] * 10, *range(41, 81)]
+    grids: list[Any] = []
+    decode = attention._decode
+
+    class Watched:
+        def __getitem__(self, grid: Any) -> Any:
+            grids.append(grid)
+            return decode[grid]
+
+    monkeypatch.setattr(attention, "_decode", Watched())
+    given = (query, paged.cache, paged.positions, paged.first, paged.blocks)
+    got = attention.decode_attention(*given, splits=splits)
+    assert grids == [(90, 1)]
+    near(got, reference.decode_attention(*given, splits=splits), torch.float32)
 
 
 def test_parts_of_a_context_are_joined_by_their_log_sum_exp(device: torch.device) -> None:
@@ -124,7 +169,7 @@ def test_parts_of_a_context_are_joined_by_their_log_sum_exp(device: torch.device
         begin = torch.tensor([first], dtype=torch.int32, device=device)
         outs.append(
             attention.decode_attention(
-                query, paged.cache, position, begin, paged.blocks, splits=1, lse=lses[-1]
+                query, paged.cache, position, begin, paged.blocks, splits=None, lse=lses[-1]
             ).view(8, 64)
         )
     weights = torch.stack(lses[:2]).softmax(0)[:, 0, :, None]

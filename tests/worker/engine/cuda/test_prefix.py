@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from worker.engine.triton_kernels import attention, prefix, reference
-from worker.engine.triton_kernels.reference import Prefixes
+from worker.engine.triton_kernels.reference import Prefixes, Splits
 
 BLOCK = 64
 SPLIT_BLOCKS = reference.SPLIT_BLOCKS
@@ -69,7 +69,6 @@ class Grouped:
         self.positions = ints([length - 1 for _, length in rows] + [-1] * padding)
         self.first = ints(starts + [0] * padding)
         self.blocks = ints(ids)
-        self.splits = reference.splits_for(max(length for _, length in rows), BLOCK)
         tiles, places, per_tile = [], [], max(1, TILE // group)
         for (common, lengths), mine in zip(groups, members, strict=True):
             for offset in range(0, len(mine) if common else 0, per_tile):
@@ -82,6 +81,7 @@ class Grouped:
             torch.tensor([*tiles, [0, 0, 0, 0]], dtype=torch.int32, device=device),
             ints(places + [0] * padding),
             ints(shared + [0] * padding),
+            max(1, *(reference.splits_for(common * BLOCK, BLOCK) for common, _ in groups)),
         )
         heads = kv_heads * group
         # Strided as it is within the joined queries, keys and values.
@@ -90,8 +90,20 @@ class Grouped:
         self.query = query.view(len(rows) + padding, heads, head_dim)
         self.real = len(rows)
 
+    def splits(self, more: int = 0) -> Splits:
+        """Of all rows, and `more` that fill up."""
+        _, heads, head_dim = self.query.shape
+        return reference.splits_of(
+            (self.positions + 1).tolist(),
+            BLOCK,
+            self.query.device,
+            heads=heads,
+            head_dim=head_dim,
+            more=more,
+        )
+
     def attended(
-        self, splits: int | None = None, lse: torch.Tensor | None = None
+        self, more: int = 0, lse: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """By the kernels, with groups: results and log-sum-exps of the rows that are real."""
         if lse is None:
@@ -102,7 +114,7 @@ class Grouped:
             self.positions,
             self.first,
             self.blocks,
-            splits=splits or self.splits,
+            splits=self.splits(more),
             lse=lse,
             prefixes=self.prefixes,
         )
@@ -120,7 +132,7 @@ class Grouped:
             self.positions[: self.real],
             torch.tensor(starts, device=self.query.device),
             torch.tensor([page for table in self.tables for page in table]).to(self.blocks),
-            splits=1,
+            splits=None,
             lse=lse,
         )
         return out, lse
@@ -163,7 +175,7 @@ def test_groups_and_lone_rows(
         grouped.positions,
         grouped.first,
         grouped.blocks,
-        splits=grouped.splits,
+        splits=grouped.splits(),
         prefixes=grouped.prefixes,
     )
     near(reached[: grouped.real], grouped.wanted()[0], torch.float32)
@@ -181,7 +193,7 @@ def test_common_blocks_end_anywhere(common: int, device: torch.device) -> None:
 def test_a_context_of_one_split(device: torch.device) -> None:
     """Where the plain kernel writes its result at once, a group's parts are joined all the same."""
     grouped = Grouped([(2, [129, 150, 192, 256])], 4, 64, torch.float32, device)
-    assert grouped.splits == 1
+    assert grouped.splits().rows.tolist() == [0, 1, 2, 3]
     for got, wanted in zip(grouped.attended(), grouped.wanted(), strict=True):
         near(got, wanted, torch.float32)
 
@@ -204,9 +216,10 @@ def test_groups_whose_rows_go_in_parts(
         [(5, lengths_after(5, 5)), (0, [70, 300])], 4, 64, torch.float32, device, kv_heads=1
     )
     whole, lse = grouped.attended()
-    again = grouped.attended(splits=4)
+    again = grouped.attended(more=4)
     assert torch.equal(torch.cat(again, 1), torch.cat([whole, lse], 1))
-    monkeypatch.setattr(attention, "PARTS_BYTES", step * 4 * 4 * grouped.splits * 65)
+    monkeypatch.setattr(reference, "PARTS_BYTES", step * 4 * 8 * 65)
+    assert len(grouped.splits().cuts) > 2
     again = grouped.attended()
     assert torch.equal(torch.cat(again, 1), torch.cat([whole, lse], 1))
 
@@ -220,6 +233,6 @@ def test_common_blocks_are_read_from_their_leader_only(device: torch.device) -> 
         grouped.positions,
         grouped.first,
         grouped.blocks,
-        splits=grouped.splits,
+        splits=grouped.splits(),
     )
     assert plain[: grouped.real].isnan().any(1).sum() == 2
