@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn import functional
 
 from worker.engine.cuda_kernels import BLOCK, Kernels
 from worker.engine.linears import Linear, layer_linears, output_linear
-from worker.engine.triton_kernels.reference import Prefixes, Splits, tiles_of
+from worker.engine.triton_kernels.reference import Prefixes, Splits, sent, tiles_of
 from worker.engine.weights import (
     Shape,
     embedding,
@@ -174,12 +173,12 @@ class PrefillAttention:
         device = rows.positions.device
         if whole:
             self._most = max(counts[:whole])
-            self._cu = _sent(begins[: whole + 1].astype(np.int32), device)
+            self._cu = sent(begins[: whole + 1].astype(np.int32), device)
         if whole < len(spans):
             starts = [start for start, _ in spans]
             later = [*zip(begins[whole:-1].tolist(), counts[whole:], starts[whole:], strict=True)]
             group = shape.heads // shape.kv_heads
-            self._tiles = _sent(tiles_of(later, group, dtype), device)
+            self._tiles = sent(tiles_of(later, group, dtype), device)
 
     def __call__(self, qkv: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
         """[rows, heads * head_dim] of the first rows of `qkv`, already rotated and written."""
@@ -204,14 +203,6 @@ class PrefillAttention:
             raise AssertionError("whole prompts without varlen")
         out = self._varlen(query, key, value, self._cu, self._cu, self._most, self._most)
         return out.reshape(len(query), -1)
-
-
-def _sent(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """On the device, without waiting for what it does now."""
-    tensor = torch.from_numpy(values)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def varlen_attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> Any:

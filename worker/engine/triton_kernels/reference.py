@@ -53,6 +53,14 @@ class Prefixes:
     """Of the longest common beginning, at most."""
 
 
+def sent(values: npt.NDArray[np.int32], device: torch.device) -> torch.Tensor:
+    """On the device, without waiting for what it does now."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def splits_for(length: int, block: int) -> int:
     """Splits of a context of `length` positions."""
     return -(-length // (SPLIT_BLOCKS * block))
@@ -73,8 +81,8 @@ def splits_of(
     rows[: counts.sum()] = np.repeat(np.arange(len(counts)), counts)
     first = (counts.cumsum() - counts).astype(np.int32)
     return Splits(
-        torch.from_numpy(rows).to(device),
-        torch.from_numpy(first).to(device),
+        sent(rows, device),
+        sent(first, device),
         cuts_of(counts, heads, head_dim, len(rows)),
     )
 

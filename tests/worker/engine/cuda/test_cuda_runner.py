@@ -13,7 +13,7 @@ import torch
 from tests.checkpoints import tiny_llama
 from tests.engines import PROMPTS, VOCAB, ask, tokens, wait
 from tests.worker.engine.test_torch_runner import LONG, MODELS, generated
-from worker.engine import cuda_step
+from worker.engine import cuda_runner, cuda_step
 from worker.engine.block_manager import BlockManager
 from worker.engine.cuda_graphs import GraphCache, Step
 from worker.engine.cuda_kernels import fused_kernels
@@ -24,7 +24,7 @@ from worker.engine.runner import AheadRunner
 from worker.engine.scheduler import Plan, Scheduler, Span
 from worker.engine.sequence import Sequence
 from worker.engine.torch_runner import TorchRunner
-from worker.engine.triton_kernels import reference
+from worker.engine.triton_kernels import attention, prefix, reference
 
 
 def fake_capture(step: Step) -> Step:
@@ -91,6 +91,41 @@ def test_the_kernels_themselves_give_the_same(started: Any) -> None:
     engine = started(runner_of(tiny_llama(), kernels=fused_kernels()))
     got = tokens(engine, *(ask(prompt, max_new_tokens=6) for prompt in PROMPTS[:3]))
     assert got == [tuple(row) for row in wanted]
+
+
+@pytest.fixture
+def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block each, so that contexts of the tiny model have several."""
+    for module in (reference, attention, prefix, cuda_runner):
+        monkeypatch.setattr(module, "SPLIT_BLOCKS", 1)
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize("fused", [False, True])
+def test_long_contexts_among_short_ones(fused: bool, started: Any) -> None:
+    prompts, count = [PROMPTS[1], LONG, PROMPTS[0]], 5 if fused else 70
+    wanted = generated(tiny_llama(), prompts, count)
+    runner = runner_of(tiny_llama(), kernels=fused_kernels() if fused else reference)
+    engine = started(runner)
+    got = tokens(engine, *(ask(prompt, max_new_tokens=count) for prompt in prompts))
+    assert got == [tuple(row) for row in wanted]
+    sizes = [size[0] for size in runner._graphs._uses]
+    assert {layout.items for layout in sizes} == {12}
+
+
+@pytest.mark.usefixtures("short_splits")
+def test_parts_that_would_take_too_much_memory_are_made_in_turns(
+    started: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where steps are cut depends on their rows: no graph may keep it."""
+    prompts = [PROMPTS[1], LONG, PROMPTS[0], LONG[:100]]
+    wanted = generated(tiny_llama(), prompts, 8)
+    shape = (runner := runner_of(tiny_llama()))._model.shape
+    monkeypatch.setattr(reference, "PARTS_BYTES", 3 * 4 * shape.heads * (shape.head_dim + 1))
+    engine = started(runner)
+    got = tokens(engine, *(ask(prompt, max_new_tokens=8) for prompt in prompts))
+    assert got == [tuple(row) for row in wanted]
+    assert not runner._graphs._uses
 
 
 GIVEN: list[dict[str, Any]] = [
