@@ -291,6 +291,9 @@ class Scheduler:
     def check(self) -> None:
         """`BlockManager.check`, and what holds between steps. For tests."""
         self.blocks.check(self.running)
+        promised = sum(map(self._most_blocks, self.running))
+        if promised != self._promised:
+            raise AssertionError(f"{self._promised} blocks promised, {promised} by those that run")
         for sequence in self.running:
             room = len(sequence.block_ids) * self.blocks.block_size
             if not 0 <= sequence.computed <= min(room, sequence.length):
