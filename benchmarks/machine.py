@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 QUIET = 0.3
 """Cores' worth of other processes that a measurement bears."""
@@ -84,26 +85,33 @@ def end_in_order() -> None:
             signal.signal(number, interrupt)
 
 
+def start(
+    command: list[str], environment: Mapping[str, str], output: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    """A child in a session of its own; all that it starts ends with this process, or by `end`."""
+    return subprocess.Popen(
+        [*_TETHER, *command],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=dict(environment),
+        start_new_session=True,
+    )
+
+
 def run(command: list[str], environment: Mapping[str, str], log: Path, limit: float) -> Ended:
     """Runs a child in a session of its own; all of it is ended when the time is over, or when this
     process ends, in whatever way."""
     before, started, own = busy_seconds(), time.monotonic(), _children()
     with log.open("ab") as output:
-        tether = subprocess.Popen(
-            [*_TETHER, *command],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=dict(environment),
-            start_new_session=True,
-        )
+        tether = start(command, environment, output)
     code: int | None
     try:
         code = tether.wait(limit)
     except subprocess.TimeoutExpired:
         code = None
     finally:
-        _end(tether)
+        end(tether)
     seconds = time.monotonic() - started
     used = _children() - own
     return Ended(code, seconds, max(0.0, (busy_seconds() - before - used) / seconds))
@@ -114,7 +122,7 @@ def _children() -> float:
     return times.children_user + times.children_system
 
 
-def _end(tether: subprocess.Popen[bytes]) -> None:
+def end(tether: subprocess.Popen[bytes]) -> None:
     """Ends a tether and all below it: at once, as nothing that they would still do is of use."""
     if tether.stdin is not None:
         tether.stdin.close()

@@ -5,20 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import ROOT, say
-from machine import Interrupted
+from common import say
+from machine import Interrupted, start
+from machine import end as end_all
 
 GRACE = 20.0
 """Seconds between the request to end, on which partial results are written, and the end."""
-_TETHER = (sys.executable, "-IS", str(ROOT / "benchmarks" / "tether.py"))
-_KILLED = 10.0
-"""Seconds that the end of killed processes may take; a card's take longest."""
 _LINES, _WIDTH = 150, 500
 """Of a stage, shown; all of it is in the log."""
 
@@ -42,14 +39,7 @@ def run(
     this process ends in any other way."""
     started = time.monotonic()
     with log.open("wb") as output:
-        tether = subprocess.Popen(
-            [*_TETHER, *command],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=dict(environment),
-            start_new_session=True,
-        )
+        tether = start(command, environment, output)
     shown, end = _Shown(log), 0.0
     try:
         code = _wait(tether, started + limit, shown)
@@ -66,7 +56,7 @@ def run(
         _wait(tether, end, shown)
         raise
     finally:
-        _end(tether)
+        end_all(tether)
         shown.more()
     return Ended(-1 if code is None else code, time.monotonic() - started, timed_out)
 
@@ -116,19 +106,3 @@ def _ask(tether: subprocess.Popen[bytes]) -> None:
         os.kill(int(children[0]), signal.SIGINT)
     except (OSError, IndexError):  # it has just ended
         pass
-
-
-def _end(tether: subprocess.Popen[bytes]) -> None:
-    """Kills all below, unless it has ended already."""
-    if tether.stdin is not None:
-        tether.stdin.close()
-    try:
-        code = tether.wait(_KILLED)
-    except subprocess.TimeoutExpired:
-        code = -signal.SIGKILL
-    if code < 0:
-        try:
-            os.killpg(tether.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        tether.wait(_KILLED)
