@@ -9,8 +9,8 @@ DEMO_RESULTS := build/demo-results.jsonl
 TRITON := 3.6.0
 comma := ,
 # Engines compute on all cores: their tests run one by one, all others three at once, as they often wait.
-ONE_BY_ONE := $(patsubst %,tests/worker/engine/test_%.py,build cpu_level cpu_sampling engine isolation openmp \
-	reference_faults tokens torch_runner)
+ONE_BY_ONE := $(patsubst %,tests/worker/engine/%.py,test_build test_engine test_isolation test_tokens cpu/test_level \
+	cpu/test_openmp cpu/test_sampling torch/test_torch_runner transformers/test_faults)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test kernels triton cards faults soak lint format docs peers clean

@@ -1,10 +1,10 @@
-"""What admission costs and gains: the real scheduler, with a runner that only counts.
+"""What admission costs and gains: the real scheduler, and nothing computed.
 
     .venv/bin/python benchmarks/admission.py
 
 For caches of the size that a card has for the 8B shape: rows that are computed a second time,
 because a sequence was preempted, and how many sequences decode at once. Tokens a second are
-reckoned, from the rates of an H100, for both caches: they order policies, no more.
+estimated from the rates of an H100 for both caches: they rank policies, no more.
 """
 
 from __future__ import annotations
@@ -60,10 +60,20 @@ class Run:
     tokens: int
 
 
-def run(job: Job, blocks: int, *, seats: int = 1024, budget: int = 8192, apart: bool = True) -> Run:
-    """All of a job through the scheduler, by a runner that computes nothing."""
+def run(
+    job: Job,
+    blocks: int,
+    *,
+    max_sequences: int = 1024,
+    budget: int = 8192,
+    separate_prefill: bool = True,
+) -> Run:
+    """Runs all of a job through the scheduler; nothing is computed."""
     scheduler = Scheduler(
-        BlockManager(blocks, BLOCK), max_sequences=seats, budget=budget, apart=apart
+        BlockManager(blocks, BLOCK),
+        max_sequences=max_sequences,
+        budget=budget,
+        separate_prefill=separate_prefill,
     )
     rng = random.Random(0)
     outputs: dict[Sequence, int] = {}
@@ -92,7 +102,7 @@ def run(job: Job, blocks: int, *, seats: int = 1024, budget: int = 8192, apart: 
                 if sequence.generated == outputs[sequence]:
                     ended.append(sequence)
         for sequence in ended:
-            scheduler.ended(sequence)
+            scheduler.record_length(sequence)
         scheduler.remove(ended)
         steps += 1
         decoding, decoded, most = decoding + (rows > 0), decoded + rows, max(most, rows)
@@ -114,35 +124,35 @@ def run(job: Job, blocks: int, *, seats: int = 1024, budget: int = 8192, apart: 
 def _job(count: int, limit: int, output: Callable[[random.Random, int], float]) -> Job:
     """Prompts of mixed lengths."""
     rng = random.Random(1)
-    outputs = [min(limit, max(1, int(output(rng, place)))) for place in range(count)]
+    outputs = [min(limit, max(1, int(output(rng, index)))) for index in range(count)]
     return Job([rng.randint(64, 900) for _ in range(count)], outputs, limit)
 
 
 JOBS: dict[str, Callable[[], Job]] = {
     "1,200 of 512/256, forced": lambda: Job([512] * 1200, [256] * 1200, 256),
-    "6,000 mixed/256, forced": lambda: _job(6000, 256, lambda rng, place: 256),
+    "6,000 mixed/256, forced": lambda: _job(6000, 256, lambda rng, index: 256),
     "6,000, log-normal, max 1,024": lambda: _job(
-        6000, 1024, lambda rng, place: rng.lognormvariate(5, 0.8)
+        6000, 1024, lambda rng, index: rng.lognormvariate(5, 0.8)
     ),
     "6,000, the same, max 8,192": lambda: _job(
-        6000, 8192, lambda rng, place: rng.lognormvariate(5, 0.8)
+        6000, 8192, lambda rng, index: rng.lognormvariate(5, 0.8)
     ),
     "6,000, 50 or (1 in 10) 1,000": lambda: _job(
-        6000, 1024, lambda rng, place: 1000 if rng.random() < 0.1 else 50
+        6000, 1024, lambda rng, index: 1000 if rng.random() < 0.1 else 50
     ),
-    "6,000, 60, then 400": lambda: _job(6000, 1024, lambda rng, place: 60 if place < 3000 else 400),
+    "6,000, 60, then 400": lambda: _job(6000, 1024, lambda rng, index: 60 if index < 3000 else 400),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seats", type=int, default=1024)
+    parser.add_argument("--max-sequences", type=int, default=1024)
     given = parser.parse_args()
     print("| card, blocks | job | preemptions | rows recomputed | decode at once: mean, most "
-          "| tokens/s, reckoned |\n| --- | --- | --- | --- | --- | --- |")  # fmt: skip
+          "| tokens/s, estimated |\n| --- | --- | --- | --- | --- | --- |")  # fmt: skip
     for card, blocks in CARDS.items():
         for name, make in JOBS.items():
-            made = run(make(), blocks, seats=given.seats)
+            made = run(make(), blocks, max_sequences=given.max_sequences)
             print(f"| {card}, {blocks:,} | {name} | {made.preemptions:,} | {made.recomputed:.1%} "
                   f"| {made.mean:.0f}, {made.most} | {made.tokens / made.seconds:,.0f} |",
                   flush=True)  # fmt: skip

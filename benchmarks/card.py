@@ -17,8 +17,8 @@ from workloads import Request, shared_tokens
 
 PARTS = ("linears", "attention", "sampling", "rest")
 _KINDS = (
-    ("sampling", r"^_(sample|narrow|mask)|argmax|topk|sort|multinomial|philox|distribution"),
-    ("attention", r"^_(decode|join|attend)|flash|fmha|attention|sdpa|varlen|softmax"),
+    ("sampling", r"^_(sample|top_k|mask)|argmax|topk|sort|multinomial|philox|distribution"),
+    ("attention", r"^_(decode|merge|attend)|flash|fmha|attention|sdpa|varlen|softmax"),
     ("linears", r"gemm|gemv|nvjet|xmma|cutlass|cublas|splitk|addmm|\bmm\b|matmul|linear"),
 )
 """Of a kernel's name, or of an operation's on a CPU; what fits none is `rest`."""

@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 
 import levels
-import machine
+import processes
 import runner
 from card import breakdown
 from report import Measured, report
@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
     add("--cache", type=Path, default=ROOT / "build" / "benchmarks", help="checkpoints and logs")
     add("--budget", type=int, help="nightherd's: rows of a step")
     add("--max-batch", type=int, help="nightherd's: sequences at once")
-    add("--kind", default="auto", choices=("auto", "kernels", "torch", "generate"))
+    add("--kind", default="auto", choices=("auto", "cpu", "cuda", "torch", "transformers"))
     add("--set", action="append", default=[], metavar="ENGINE.NAME=JSON", help="a peer's option")
     add("--limit", type=float, default=900.0, metavar="SECONDS", help="of one run of one engine")
     add(
@@ -83,7 +83,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
-    machine.end_in_order()
+    processes.end_in_order()
     given.cache = given.cache.resolve()
     given.cache.mkdir(parents=True, exist_ok=True)
     measured = Measured()
@@ -172,8 +172,8 @@ def _why_not(name: str, given: argparse.Namespace) -> str | None:
 
 def _default_data(cache: Path) -> Path:
     """GSM8K beside the checkpoints, or where the project's shared data lies."""
-    places = (cache / "gsm8k_200.jsonl", ROOT.parent / "shared" / "data" / "gsm8k_200.jsonl")
-    return next((place for place in places if place.is_file()), places[0])
+    paths = (cache / "gsm8k_200.jsonl", ROOT.parent / "shared" / "data" / "gsm8k_200.jsonl")
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 if __name__ == "__main__":

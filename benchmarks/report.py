@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import levels
-import machine
+import processes
 from card import least_seconds, linear_flops
 from runner import OURS, PEER_NAMES, WORKER
 from shapes import Shape
@@ -77,7 +77,7 @@ def report(
         print(f"left out{when}: {name}, {why}")
     if measured.stopped is not None:
         print(f"not all was measured: {measured.stopped}")
-    noisy = sum(run["others_cpu"] > machine.QUIET for of in runs.values() for run in of)
+    noisy = sum(run["others_cpu"] > processes.QUIET for of in runs.values() for run in of)
     if noisy:
         print(f"{noisy} runs were disturbed by other processes: measure again")
     summary = {

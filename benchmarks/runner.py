@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import levels
-import machine
+import processes
 from shapes import CONTEXT, Shape
 from workloads import Request, as_text, warm_up
 
@@ -125,7 +125,7 @@ class Runner:
         own = PEERS / name / "bin" / "python" if name in OWN_ENVIRONMENT else sys.executable
         driver = DRIVERS / f"drive_{name.replace('-', '_')}.py"
         command = [str(own), str(driver), str(path)]
-        ended = machine.run(command, self._environment(name), self.log(name), limit)
+        ended = processes.run(command, self._environment(name), self.log(name), limit)
         if ended.code is None:
             raise LeftOut(f"took longer than {limit:,.0f} s")
         if ended.code != 0 or not result.is_file():
@@ -136,8 +136,8 @@ class Runner:
     def _wait(self, name: str) -> None:
         if self._given.force:
             return
-        use = machine.wait_until_quiet(self._given.patience)
-        if use > machine.QUIET:
+        use = processes.wait_until_quiet(self._given.patience)
+        if use > processes.QUIET:
             raise SystemExit(
                 f"other processes use {use:.1f} cores, so {name} is not measured: end them, wait "
                 "longer with --patience, or go on with --force"

@@ -19,17 +19,17 @@ from typing import Any
 
 from sqlalchemy import Connection, func, select
 
-from migrations import runner
+from migrations import schema
 from models.database import Database
 from models.job import Job
 from models.schedule import Firing
 from models.store import schedules
 from nightherd.settings import Settings
-from producer.commands.schedule_define import add
+from producer.commands.schedules.add_edit import add
 from producer.schedules.definition import make_options
-from producer.schedules.scheduler import Scheduler
+from producer.schedules.firing_loop import FiringLoop
 
-SLOT = datetime(2026, 1, 5, 2, 0, tzinfo=UTC)
+DUE = datetime(2026, 1, 5, 2, 0, tzinfo=UTC)
 
 
 def default_options() -> dict[str, Any]:
@@ -58,7 +58,7 @@ def fill(database: Database, count: int, path: Path) -> None:
                 keep_succeeded=None,
                 keep_failed=None,
                 paused=False,
-                next_at=SLOT,
+                next_at=DUE,
             )
             schedules.add(connection, new)
 
@@ -78,11 +78,11 @@ def main() -> None:
         path.write_text('{"prompt": "Once upon a time"}\n' * given.rows)
         url = given.database_url or f"sqlite:///{folder}/bench.db"
         database = Database(url, pool_size=1 + 2 * given.threads)
-        runner.upgrade(database)
+        schema.upgrade(database)
         fill(database, given.schedules, path)
         settings = Settings.model_validate({"home": folder})
         beats = [
-            Scheduler(database, settings, clock=lambda connection: SLOT)
+            FiringLoop(database, settings, clock=lambda connection: DUE)
             for _ in range(given.threads)
         ]
         began, cpu = time.monotonic(), time.process_time()

@@ -1,4 +1,4 @@
-"""Runs a command that ends, with all it has started, when whoever started this file has ended.
+"""Runs a command that ends, with all it has started, when the process that started it has ended.
 
     python tether.py COMMAND …
 

@@ -52,9 +52,9 @@ def warm_up(count: int = 8, prompt: int = 100, out: int = 8, more: int = 0) -> l
     return [
         {
             "prompt": [1, *rng.integers(3, _IDS, prompt - 1).tolist()],
-            "out": out + place * more // count,
+            "out": out + index * more // count,
         }
-        for place in range(count)
+        for index in range(count)
     ]
 
 
@@ -85,7 +85,7 @@ def _fixed(count: int, samples: int) -> list[Request]:
     rng = np.random.default_rng(99)
     size, out = _FIXED
     prompts = rng.integers(3, _IDS, (-(-count // samples), size)).tolist()
-    return [{"prompt": prompts[place // samples], "out": out} for place in range(count)]
+    return [{"prompt": prompts[index // samples], "out": out} for index in range(count)]
 
 
 def _random() -> tuple[list[Request], list[Request]]:

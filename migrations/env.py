@@ -1,4 +1,4 @@
-"""Alembic's entry: runs migrations on the connection that `migrations.runner` hands it."""
+"""Alembic's entry: runs migrations on the connection that `migrations.schema` hands it."""
 
 from __future__ import annotations
 

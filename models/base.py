@@ -61,17 +61,18 @@ class Base(DeclarativeBase):
 def one_of(column: InstrumentedAttribute[str], *values: str) -> ColumnElement[bool]:
     """`column = …` or `column IN (…)`, with the values spelt out in the statement.
 
-    Were they bound, a prepared statement's plan, made for any values, could not use the partial
-    indexes on states. SQLite wants the very words of the index. Never for values from outside.
+    With bound values a prepared statement's plan, made for any values, could not use the partial
+    indexes on states; and SQLite uses one only where the WHERE repeats its condition word by word.
+    Not for values from outside: they would not be escaped.
     """
     spelt: list[ColumnElement[str]] = [literal_column(f"'{value}'") for value in values]
     return column == spelt[0] if len(spelt) == 1 else column.in_(spelt)
 
 
 class db_now(FunctionElement[datetime]):
-    """The database's own clock, plus `seconds`: the only clock that leases and deadlines know.
+    """The database's own clock, plus `seconds`: the only clock by which leases and deadlines count.
 
-    Workers' clocks may be minutes apart; nothing that is compared is taken from them.
+    Workers' clocks may be minutes apart: no time of theirs is ever compared with it.
     """
 
     inherit_cache = True

@@ -41,7 +41,7 @@ _TRANSIENT_CLASSES = ("08", "53")
 _BUSY_SECONDS = 30  # how long SQLite waits for another process's lock
 _CLIENT_CONNECT_SECONDS = 5
 
-# A process that stands still, or a machine that is gone, in the middle of a transaction must not
+# A process that is suspended, or a machine that is lost, in the middle of a transaction must not
 # hold its row locks for as long as a lease. Without statistics of a table, fresh as it is, a bitmap
 # scan and a sort of a whole job would look cheaper than a page of it in the order of its index; and
 # no statement here runs for so long that it should be compiled.
@@ -68,8 +68,8 @@ def is_transient(error: BaseException) -> bool:
     if sqlstate is not None:
         return sqlstate in _TRANSIENT_SQLSTATES or sqlstate.startswith(_TRANSIENT_CLASSES)
     if isinstance(original, sqlite3.OperationalError):
-        # Full and read-only disks count too: for a worker with finished results in hand, waiting
-        # for a human is better than dropping them. `patience` bounds the others.
+        # Full and read-only disks count too: a worker with unsaved results had better wait for a
+        # human than drop them. `patience` bounds the others.
         text = str(original)
         return any(
             word in text
@@ -90,26 +90,26 @@ _SQLITE_REMEDIES = (
 
 
 def explain(error: DBAPIError | PoolTimeout, url: URL) -> DatabaseError:
-    """The user's one line for a database that refuses."""
+    """One line for the user of a database that refuses, with a remedy where one is known."""
     original = getattr(error, "orig", None) or error
-    # The first line says it; hints and the place in the statement follow.
+    # The first line is the reason; hints and the place in the statement follow.
     lines = [line.strip() for line in str(original).splitlines() if line.strip()]
     reason = lines[0] if lines else type(original).__name__
     for prefix in ("connection failed: ", "connection is bad: "):
         reason = reason.removeprefix(prefix)
-    place = url.render_as_string(hide_password=True)
+    shown_url = url.render_as_string(hide_password=True)
     if url.get_backend_name() != "sqlite":
-        # A state comes from a server that runs and knows us: a deadlock, a full disk.
-        told = getattr(original, "sqlstate", None) is not None
-        hint = "" if told else " (is it running, is NIGHTHERD_DATABASE_URL right?)"
+        # A SQLSTATE comes from a server that runs and let us in: a deadlock, a full disk.
+        answered = getattr(original, "sqlstate", None) is not None
+        hint = "" if answered else " (is it running, is NIGHTHERD_DATABASE_URL right?)"
     else:
-        hint = next((f"; {mend}" for sign, mend in _SQLITE_REMEDIES if sign in reason), "")
-    return DatabaseError(f"the database {place} refuses: {reason}{hint}")
+        hint = next((f"; {remedy}" for sign, remedy in _SQLITE_REMEDIES if sign in reason), "")
+    return DatabaseError(f"the database {shown_url} refuses: {reason}{hint}")
 
 
 @contextmanager
 def driver_errors(connection: Connection, statement: str) -> Iterator[None]:
-    """For what goes past SQLAlchemy to the driver: the driver's errors as SQLAlchemy's own."""
+    """Raises the driver's errors as SQLAlchemy's own, for statements that it gets directly."""
     dialect = connection.dialect
     base: type[Exception] = dialect.loaded_dbapi.Error
     try:
@@ -133,7 +133,7 @@ class Database:
     """
 
     def __init__(self, url: str, *, pool_size: int = 3, patience: float = 10.0) -> None:
-        """`patience`: seconds that `retrying` goes on for where its caller does not say."""
+        """`patience`: for how many seconds `retrying` tries, where its caller does not say."""
         self._patience = patience
         try:
             self.url = make_url(url)
@@ -213,8 +213,8 @@ class Database:
     ) -> T:
         """Runs `work` in one transaction, again after transient errors for `patience` seconds.
 
-        `work` must bear being run twice, also when the first commit took place and only its
-        answer was lost. Raises `DatabaseError` when patience or `stop` ends the attempts.
+        `work` must be repeatable, also when the first commit took place and only its answer was
+        lost. Raises `DatabaseError` when patience or `stop` ends the attempts.
         """
         deadline = time.monotonic() + (self._patience if patience is None else patience)
         pause = 0.05
@@ -224,7 +224,7 @@ class Database:
                     return work(connection)
             except (DBAPIError, PoolTimeout) as error:
                 if not is_transient(error):
-                    if _is_its_own_trouble(error):
+                    if _is_database_fault(error):
                         raise explain(error, self.url) from error
                     raise
                 failure = explain(error, self.url)
@@ -248,7 +248,7 @@ class Database:
         self.engine.dispose()
 
 
-def _is_its_own_trouble(error: DBAPIError | PoolTimeout) -> bool:
+def _is_database_fault(error: DBAPIError | PoolTimeout) -> bool:
     """Whether the database is at fault, as a damaged file is, and not a value or a statement."""
     return isinstance(error, OperationalError | InternalError) or type(error) is SQLDatabaseError
 

@@ -30,7 +30,7 @@ ENDED_JOB_STATES = ("completed", "cancelled", "expired")
 CHUNK_STATES = ("queued", "running", "done", "cancelled")
 OPEN_CHUNK_STATES = ("queued", "running")
 
-# SQLite gives ids by itself only to a column of type INTEGER.
+# SQLite assigns ids by itself only in a column of type INTEGER.
 _BigId = BigInteger().with_variant(Integer(), "sqlite")
 _Json = JSON(none_as_null=True)
 
@@ -64,7 +64,7 @@ class Job(Base):
     total_samples: Mapped[int] = mapped_column(BigInteger, default=0)
     created_at: Mapped[datetime] = mapped_column(insert_default=db_now())
     touched_at: Mapped[datetime] = mapped_column(insert_default=db_now())
-    """While storing: when submit last stored something; housekeeping removes what stopped."""
+    """While `storing`: when submit last stored something; housekeeping goes by it."""
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
 
@@ -97,7 +97,7 @@ class Request(Base):
     params: Mapped[dict[str, Any] | None] = mapped_column(_Json)
     """The request's own layer of parameters."""
     samples: Mapped[int] = mapped_column(Integer, default=1)
-    """Its effective `n`: results that it owes."""
+    """Its effective `n`: how many results it will have."""
 
     __table_args__ = (
         Index("uq_requests_job_id_position", "job_id", "position", unique=True),

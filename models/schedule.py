@@ -46,7 +46,7 @@ class Schedule(Base):
 
 
 class Firing(Base):
-    """One time at which a schedule fired; its slot is unique, so any number of beats may run."""
+    """One firing of a schedule; its scheduled time is unique, so any number of beats may run."""
 
     __tablename__ = "firings"
 
@@ -54,7 +54,7 @@ class Firing(Base):
     schedule_id: Mapped[int] = mapped_column(ForeignKey("schedules.id", ondelete="CASCADE"))
     scheduled_for_utc: Mapped[datetime]
     since_utc: Mapped[datetime | None]
-    """Of a row that stands for several skipped slots: the first of them; the last is its own."""
+    """Of a row that stands for several skipped times: the first of them; the last is its own."""
     kind: Mapped[str] = mapped_column(String(16), default="due", server_default="due")
     """One of FIRING_KINDS."""
     state: Mapped[str] = mapped_column(String(16))

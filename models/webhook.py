@@ -1,4 +1,4 @@
-"""Webhooks: what is told to whom when a job or a firing has ended."""
+"""Webhooks: which URL is called when a job or a firing has ended."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sqlalchemy.orm import Mapped, mapped_column
 from models.base import Base, db_now
 
 WEBHOOK_STATES = ("waiting", "due", "delivered", "failed", "dropped")
-"""`waiting` for the end; `due` until a 2xx; `dropped`: what it waited for did not happen."""
+"""`waiting` for the end; `due` until a 2xx; `dropped`: the job ended otherwise than it is for."""
 WEBHOOK_OCCASIONS = ("complete", "failure")
 
 
 class Webhook(Base):
-    """One URL to be told once of one end: at least once, and not again after a recorded 2xx."""
+    """One URL to be called at one end: at least once, and not again after a recorded 2xx."""
 
     __tablename__ = "webhooks"
 

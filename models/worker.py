@@ -25,17 +25,17 @@ class Worker(Base):
     device: Mapped[str] = mapped_column(Text)
     checkpoint_key: Mapped[str] = mapped_column(Text)
     slots: Mapped[int] = mapped_column(Integer)
-    """Chunks that it has in flight at most."""
+    """Chunks that it may have in flight."""
     only_job: Mapped[str | None] = mapped_column(String(16))
     """Claims chunks of this job alone (`nightherd run` starts such workers)."""
     state: Mapped[str] = mapped_column(String(16))
     phase: Mapped[str | None] = mapped_column(Text)
-    """While starting: what it does."""
+    """While starting: what it is doing."""
     lease_until: Mapped[datetime]
     started_at: Mapped[datetime] = mapped_column(insert_default=db_now())
     renewed_at: Mapped[datetime] = mapped_column(insert_default=db_now())
     speed: Mapped[float] = mapped_column(Float, default=0.0)
-    """Output tokens a second, of late."""
+    """Output tokens a second over the last ten seconds or so."""
     version: Mapped[str] = mapped_column(Text)
 
     __table_args__ = (

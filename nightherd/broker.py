@@ -1,10 +1,11 @@
 """The broker: the one that the settings name, else a Redis-protocol server that nightherd starts.
 
-The embedded one lives in `home/broker/`: socket, append-only files, log, and two locks. Whoever
-starts or stops the server holds `start.lock`, exclusive; everyone who uses it holds `users.lock`,
-shared, and whoever can make that exclusive is the last. It is taken and left under `start.lock`, so
-nobody is handed a server that is about to stop. Both are `flock`s: the kernel drops them with their
-process, so nothing is ever stale. Alive means that PING is answered; the pid file is for people.
+The embedded one lives in `home/broker/`: socket, append-only files, log, and two locks. A
+process holds `start.lock`, exclusive, while it starts or stops the server. It holds `users.lock`,
+shared, for as long as it uses the server: one that can make it exclusive is the last user. It is
+taken and released under `start.lock`, so no process is given a server that is about to stop. Both
+are `flock`s: the kernel drops them with their process, so none is ever stale. Alive means that PING
+is answered; the pid file is for people.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 START_SECONDS = 10.0
 """How long a server may take to answer its first PING; also, to sync its data and exit."""
 LOCK_SECONDS = 30.0
-"""How long to wait for somebody who starts or stops the server: longer than that takes."""
+"""How long to wait while another process starts or stops the server: longer than that takes."""
 MAX_SOCKET_BYTES = 100
 """Kernels take 103 (macOS) or 107 (Linux) bytes; a little less is safe with every client."""
 
@@ -51,7 +52,7 @@ logger = logging.getLogger(__name__)
 class EmbeddedBroker:
     """The server of one data folder, shared by all processes and threads that use that folder.
 
-    An instance holds nothing, so any number of them will do; making one touches nothing.
+    An instance has no state, so any number of them may be made; making one touches no file.
     """
 
     def __init__(self, home: Path) -> None:
@@ -63,8 +64,9 @@ class EmbeddedBroker:
 
         The socket itself is always in `home/broker/`. Where that path is too long, this is a link
         to it in a private folder under `$XDG_RUNTIME_DIR` or the temporary folder: only a link, so
-        that processes with different environments meet on one server, and so that `ensure()` can
-        put back what a cleaner takes away. `BrokerError` if those folders are too long as well.
+        that processes with different environments share one server, and so that `ensure()` can
+        make it again where a cleaner of temporary files has removed it. `BrokerError` if those
+        folders are too long as well.
         """
         path = self._folder / _SOCKET
         if len(os.fsencode(path)) <= MAX_SOCKET_BYTES:
@@ -87,18 +89,18 @@ class EmbeddedBroker:
 
     def is_alive(self, timeout: float = 1.0) -> bool:
         """Whether the server answers PING within `timeout` seconds."""
-        return self.ask("PING", timeout) == "+PONG"
+        return self.send_command("PING", timeout) == "+PONG"
 
     @contextlib.contextmanager
     def use(self) -> Iterator[EmbeddedBroker]:
-        """Keeps the server running within the block; the last one out stops it.
+        """Keeps the server running within the block; the last one to leave stops it.
 
         Any number of processes and threads may be in such blocks at once. A process that dies in
         one leaves no trace, and one that is forked in one does not count. `BrokerError` if the
         folder cannot be used, no server is installed, or it does not start and answer within
         `START_SECONDS`. Leaving never raises: what goes wrong then is logged.
         """
-        with self._changing(), contextlib.ExitStack() as on_error:
+        with self._start_lock(), contextlib.ExitStack() as on_error:
             users = _FileLock(self._folder / "users.lock")
             on_error.callback(users.close)
             users.wait(fcntl.LOCK_SH)
@@ -107,7 +109,7 @@ class EmbeddedBroker:
         try:
             yield self
         finally:
-            self._leave(users)
+            self._release(users)
 
     def ensure(self) -> bool:
         """Starts the server again if it died; True if it had to. For callers inside `use()`.
@@ -117,12 +119,13 @@ class EmbeddedBroker:
         """
         if self.is_alive():
             return False
-        with self._changing():
+        with self._start_lock():
             return self._start_if_dead()
 
-    def _leave(self, users: _FileLock) -> None:
+    def _release(self, users: _FileLock) -> None:
+        """Drops the lock of one user; the last one stops the server."""
         try:
-            with self._changing():
+            with self._start_lock():
                 if users.try_lock(fcntl.LOCK_EX):
                     self._stop()
                 users.close()  # while start.lock is held: the next user must find it free
@@ -132,13 +135,13 @@ class EmbeddedBroker:
             users.close()
 
     @contextlib.contextmanager
-    def _changing(self) -> Iterator[None]:
+    def _start_lock(self) -> Iterator[None]:
         """Holds `start.lock`; an `OSError` in the block becomes a `BrokerError` with a remedy."""
         try:
             _make_private(self._folder)
             with contextlib.closing(_FileLock(self._folder / "start.lock")) as start:
                 start.wait(fcntl.LOCK_EX)
-                self._make_link()
+                self._ensure_link()
                 yield
         except OSError as error:
             where = error.filename if isinstance(error.filename, str) else self._folder
@@ -147,7 +150,7 @@ class EmbeddedBroker:
                 "or set NIGHTHERD_HOME to another folder or NIGHTHERD_BROKER_URL to a running Redis"
             ) from None
 
-    def _make_link(self) -> None:
+    def _ensure_link(self) -> None:
         """Makes the link that `socket_path` is for a long path, or repairs it."""
         link, target = self.socket_path, self._folder / _SOCKET
         if link == target:
@@ -157,11 +160,12 @@ class EmbeddedBroker:
             link.unlink(missing_ok=True)
             link.symlink_to(target)
 
-    def ask(self, command: str, timeout: float) -> str | None:
-        """The first line of the server's answer; by hand, since importing redis-py is slow.
+    def send_command(self, command: str, timeout: float) -> str | None:
+        """Sends one command and returns the first line of the answer; without redis-py, which
+        takes long to import.
 
-        None if nobody listens, the only sign that no server has the folder. "" if somebody does,
-        but closes the connection or says nothing for `timeout` seconds.
+        None if no process listens, the only sign that no server has the folder. "" if one does, but
+        closes the connection or sends nothing for `timeout` seconds.
         """
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(timeout)
@@ -177,10 +181,10 @@ class EmbeddedBroker:
     def _start_if_dead(self) -> bool:
         """Under `start.lock`: True if it started the server, False if there was one already."""
         deadline = time.monotonic() + START_SECONDS
-        while (answer := self.ask("PING", 1.0)) is not None:
+        while (answer := self.send_command("PING", 1.0)) is not None:
             if answer == "+PONG":
                 return False
-            # Whoever listens writes into these files: wait, or give up, but start no second one.
+            # What listens there writes into these files: wait, or give up, but start no second one.
             waiting = not answer or answer.startswith("-LOADING")
             if not waiting or time.monotonic() > deadline:
                 what = f"refuses: {answer[1:]}" if answer else "does not answer"
@@ -208,9 +212,9 @@ class EmbeddedBroker:
             os.set_blocking(reading, False)
             with open(writing, "wb"), open(self._folder / _LOG, "ab") as log:
                 seen = log.tell()
-                # The shell goes at once, so the server is nobody's child: no zombie, and no exit
-                # for a library's wait() to stumble over. It stays in the shell's process group.
-                # It gets no lock (all other descriptors are closed), or would hold it for ever.
+                # The shell exits at once, so the server is no child of this process: no zombie, and
+                # no exit for a library's wait() to collect. It stays in the shell's process group.
+                # It inherits no lock (all other descriptors are closed): it would never release it.
                 shell = subprocess.Popen(
                     ["/bin/sh", "-c", '"$@" &', "sh", *server],
                     cwd=self._folder,
@@ -225,9 +229,9 @@ class EmbeddedBroker:
             try:
                 while not self.is_alive():
                     if exited.read(1) is not None:
-                        raise self._failure("exited at once", seen)
+                        raise self._start_error("exited at once", seen)
                     if time.monotonic() > deadline:
-                        raise self._failure(f"gave no answer for {START_SECONDS:g} s", seen)
+                        raise self._start_error(f"gave no answer for {START_SECONDS:g} s", seen)
                     time.sleep(_POLL_SECONDS)
             except BaseException:
                 # It might come up later, beside the one that the next user starts.
@@ -235,7 +239,7 @@ class EmbeddedBroker:
                     os.killpg(shell.pid, signal.SIGKILL)
                 raise
 
-    def _failure(self, what: str, seen: int) -> BrokerError:
+    def _start_error(self, what: str, seen: int) -> BrokerError:
         """The error of a server that did not start, with its last line after byte `seen`."""
         log = (self._folder / _LOG).read_bytes()[seen:].decode(errors="replace").strip()
         last = re.sub(r"^\d+:\w [\w ]+[\d:.]+ [-.*#] ", "", log.rpartition("\n")[2])
@@ -248,8 +252,8 @@ class EmbeddedBroker:
         """Under both locks: stops the server, and waits until it is done with its files."""
         # NOSAVE means no snapshot; the append-only file is synced. There is no answer: the kernel
         # closes the connection when the process has gone.
-        answer = self.ask("SHUTDOWN NOSAVE", START_SECONDS)
-        if answer or self.ask("PING", 1.0) is not None:
+        answer = self.send_command("SHUTDOWN NOSAVE", START_SECONDS)
+        if answer or self.send_command("PING", 1.0) is not None:
             raise BrokerError(f"it does not stop: {answer or 'no answer'}")
         link = self.socket_path
         if link.parent != self._folder:
@@ -270,7 +274,7 @@ class _FileLock:
         """Takes the lock (`LOCK_SH`, `LOCK_EX`), or changes to it, if that is possible now."""
         try:
             fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
-        except (BlockingIOError, ValueError):  # closed, in a forked child: never the last one out
+        except (BlockingIOError, ValueError):  # closed, in a forked child: never the last user
             return False
         return True
 
@@ -292,8 +296,8 @@ class _FileLock:
 
 
 _locks: weakref.WeakSet[_FileLock] = weakref.WeakSet()
-# Nobody else may keep one. A program that we start does not get it (O_CLOEXEC is Python's default),
-# but a forked child shares it, and the lock would live as long as the child.
+# A lock must end with its process. A program that the process starts does not inherit the
+# descriptor (O_CLOEXEC is Python's default), but a forked child does, and would keep the lock.
 os.register_at_fork(after_in_child=lambda: list(map(_FileLock.close, _locks)))
 
 

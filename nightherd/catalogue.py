@@ -81,10 +81,11 @@ def hub_cache() -> Path:
     return Path(home).expanduser() / "hub"
 
 
-def folder_at_hand(key: str) -> Path | None:
-    """The folder of a key's configuration and tokenizer on this machine; None where there is none.
+def cached_folder(key: str) -> Path | None:
+    """The folder on this machine with a key's configuration and tokenizer; None if there is none.
 
-    For a repository on the Hub: what its revision was when it was last fetched here.
+    It downloads nothing. For a repository on the Hub it is the commit in the cache that the
+    revision stood for when it was last fetched here.
     """
     folder = local_folder(key)
     if folder is None:

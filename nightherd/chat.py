@@ -1,6 +1,6 @@
 """Chat templates: Jinja2 in a sandbox, as transformers renders them.
 
-Templates come with checkpoints from the Hub and are code that nobody here has read, so they see
+Templates come with checkpoints from the Hub and are code that has not been reviewed, so they see
 only plain values and cannot reach Python's internals.
 """
 

@@ -17,47 +17,70 @@ from nightherd import __version__
 from nightherd.errors import InputError, NightherdError
 
 
-class Entry(NamedTuple):
+class CommandEntry(NamedTuple):
     """A command by name: where it lives, and its line in `--help`."""
 
     target: str
     help: str
 
 
-COMMANDS: dict[str, dict[str, Entry]] = {
+COMMANDS: dict[str, dict[str, CommandEntry]] = {
     "Jobs": {
-        "submit": Entry("producer.commands.submit:submit", "Enqueue a file of prompts as a job."),
-        "run": Entry("worker.commands.run:run", "Submit a file, work on it here, print results."),
-        "jobs": Entry("producer.commands.jobs:jobs", "List jobs."),
-        "status": Entry("producer.commands.jobs:status", "Show how far a job is."),
-        "results": Entry("producer.commands.results:results", "Print a job's results as JSONL."),
-        "show": Entry("producer.commands.results:show", "Show everything about one row."),
-        "errors": Entry("producer.commands.results:errors", "List a job's failed rows."),
-        "cancel": Entry("producer.commands.control:cancel", "End jobs early; results stay."),
-        "pause": Entry("producer.commands.control:pause", "Stop working on jobs for now."),
-        "resume": Entry("producer.commands.control:resume", "Go on with paused jobs."),
-        "retry": Entry("producer.commands.control:retry", "Run a job's failed rows again."),
-        "set": Entry("producer.commands.control:set_", "Change priority, deadline, not-before."),
+        "submit": CommandEntry(
+            "producer.commands.jobs.submit:submit", "Enqueue a file of prompts as a job."
+        ),
+        "run": CommandEntry(
+            "worker.commands.run:run", "Submit a file, work on it here, print results."
+        ),
+        "jobs": CommandEntry("producer.commands.jobs.jobs:jobs", "List jobs."),
+        "status": CommandEntry("producer.commands.jobs.jobs:status", "Show how far a job is."),
+        "results": CommandEntry(
+            "producer.commands.results.results:results", "Print a job's results as JSONL."
+        ),
+        "show": CommandEntry(
+            "producer.commands.results.results:show", "Show everything about one row."
+        ),
+        "errors": CommandEntry(
+            "producer.commands.results.results:errors", "List a job's failed rows."
+        ),
+        "cancel": CommandEntry(
+            "producer.commands.jobs.control:cancel", "End jobs early; results stay."
+        ),
+        "pause": CommandEntry(
+            "producer.commands.jobs.control:pause", "Stop working on jobs for now."
+        ),
+        "resume": CommandEntry("producer.commands.jobs.control:resume", "Go on with paused jobs."),
+        "retry": CommandEntry(
+            "producer.commands.jobs.control:retry", "Run a job's failed rows again."
+        ),
+        "set": CommandEntry(
+            "producer.commands.jobs.control:set_", "Change priority, deadline, not-before."
+        ),
     },
     "Schedules": {
-        "schedule": Entry(
-            "producer.commands.schedule:schedule", "Submit jobs by the clock, each slot once."
+        "schedule": CommandEntry(
+            "producer.commands.schedules.schedule:schedule",
+            "Submit jobs by the clock, each scheduled time once.",
         ),
     },
     "Processes": {
-        "worker": Entry("worker.commands.worker:worker", "Serve a checkpoint: claim and generate."),
-        "workers": Entry("producer.commands.workers:workers", "List live workers."),
-        "beat": Entry(
-            "producer.commands.beat:beat", "Fire schedules and run the housekeeping tick."
+        "worker": CommandEntry(
+            "worker.commands.worker:worker", "Serve a checkpoint: claim and generate."
         ),
-        "doctor": Entry("worker.commands.doctor:doctor", "Check whether a job could run."),
-        "bench": Entry("worker.commands.bench:bench", "Measure a checkpoint's speed here."),
+        "workers": CommandEntry("producer.commands.fleet.workers:workers", "List live workers."),
+        "beat": CommandEntry(
+            "producer.commands.fleet.beat:beat", "Fire schedules and run the housekeeping tick."
+        ),
+        "doctor": CommandEntry("worker.commands.doctor:doctor", "Check whether a job could run."),
+        "bench": CommandEntry("worker.commands.bench:bench", "Measure a checkpoint's speed here."),
     },
     "Set-up": {
-        "checkpoint": Entry(
+        "checkpoint": CommandEntry(
             "worker.commands.checkpoint:checkpoint", "Check, download, convert checkpoints."
         ),
-        "db": Entry("producer.commands.db:db", "Upgrade and check the database's schema."),
+        "db": CommandEntry(
+            "producer.commands.setup.db:db", "Upgrade and check the database's schema."
+        ),
     },
 }
 
@@ -105,7 +128,7 @@ class LazyGroup(click.Group):
                 formatter.write_dl([(name, entry.help) for name, entry in section.items()])
 
 
-def load_command(entry: Entry) -> click.Command:
+def load_command(entry: CommandEntry) -> click.Command:
     """Imports a command; a missing extra is said with the command that installs it."""
     module, _, attribute = entry.target.partition(":")
     try:

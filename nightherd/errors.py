@@ -23,6 +23,7 @@ as its result, and never ends a process.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 EXIT_FAILED_ROWS = 5
 """`run`, `status --wait`: the job ended, some rows failed."""
@@ -30,8 +31,20 @@ EXIT_NOT_COMPLETED = 6
 """`run`, `status --wait`: the job was cancelled or expired."""
 
 
+RowErrorCode = Literal[
+    "invalid_request",
+    "context_length_exceeded",
+    "unsupported_parameter",
+    "out_of_memory",
+    "engine_error",
+    "poison",
+]
+"""Why one request, or one sample of it, failed: `error.code` of its result. docs/operations.md says
+what each means."""
+
+
 class NightherdError(Exception):
-    """Anything that a user can be told in one line."""
+    """An error whose message, in one line, is for the user."""
 
     exit_code = 1
 
@@ -86,7 +99,7 @@ class BrokerError(ServiceError):
 
 
 class ConflictError(NightherdError):
-    """The job's state does not allow what was asked."""
+    """The job's state does not allow this."""
 
 
 class CheckpointError(NightherdError):
@@ -94,13 +107,9 @@ class CheckpointError(NightherdError):
 
 
 class RowError(Exception):
-    """One request fails, alone: `code` and `message` become its stored result.
+    """One request fails, alone: `code` and `message` become its stored result."""
 
-    Codes: `context_length_exceeded`, `invalid_request`, `unsupported_parameter`, `out_of_memory`,
-    `engine_error`, `poison`.
-    """
-
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: RowErrorCode, message: str) -> None:
         super().__init__(message)
         self.code = code
         self.message = message

@@ -34,7 +34,7 @@ def configure_logging(level: str) -> None:
 
 
 class OncePerState:
-    """Logs a condition when it begins and when it ends, however often it is met in between."""
+    """Logs a condition when it begins and when it ends, however often `begin` is called between."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger

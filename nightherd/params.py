@@ -44,7 +44,7 @@ _ALIASES = {
 }
 
 
-def _one_or_many(value: object) -> object:
+def _as_list(value: object) -> object:
     return [value] if isinstance(value, str | int) and not isinstance(value, bool) else value
 
 
@@ -91,16 +91,16 @@ class SamplingParams(BaseModel):
     frequency_penalty: Annotated[FiniteFloat, Field(ge=-2, le=2)] = 0.0
     """Subtracted for each time that the output has a token."""
     seed: Seed | None = None
-    """Of a request alone; the job has `--seed`."""
+    """Of one request; the seed of the job is `--seed`."""
     n: Annotated[StrictInt, Field(ge=1, le=10_000)] = 1
     """Samples of one prompt."""
     stop: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
-        BeforeValidator(_one_or_many),
+        BeforeValidator(_as_list),
         Field(max_length=64),
     ] = ()
     """End before any of these texts."""
-    stop_token_ids: Annotated[tuple[TokenId, ...], BeforeValidator(_one_or_many)] = ()
+    stop_token_ids: Annotated[tuple[TokenId, ...], BeforeValidator(_as_list)] = ()
     """End at any of these tokens, which are left out."""
     ignore_eos: StrictBool = False
     """Do not end at the end of sequence."""
@@ -118,7 +118,7 @@ class SamplingParams(BaseModel):
     """text, json_object or json_schema, as the OpenAI API has it."""
     structured_outputs: dict[str, Any] | None = None
     """One of json (a schema), regex, choice (a list), grammar (Lark, GBNF), json_object (true);
-   """
+    the transformers engine does not support it."""
     logit_bias: Annotated[
         dict[TokenId, Annotated[FiniteFloat, Field(ge=-100, le=100)]], BeforeValidator(_int_keys)
     ] = Field(default_factory=dict)
@@ -170,7 +170,7 @@ def _canonical_names(given: Mapping[str, Any]) -> dict[str, Any]:
             if value is not None and given.get("logprobs") is not True:
                 raise ParameterError("top_logprobs needs logprobs: true")
         elif name == "logprobs" and isinstance(value, bool):
-            # The chat API's way: a switch, and a number beside it.
+            # The chat API has a switch here, and the number in `top_logprobs`.
             if value:
                 put(name, given.get("top_logprobs") or 0, name)
         elif name.startswith("guided_") and name in _ALIASES:
@@ -180,9 +180,9 @@ def _canonical_names(given: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _plain(text: str) -> str:
-    """pydantic's message as the rest of a sentence that begins with the name."""
-    for theirs, ours in (
+def _reworded(text: str) -> str:
+    """pydantic's message as the rest of a sentence that begins with the parameter's name."""
+    for old, new in (
         ("Input should be", "must be"),
         ("String should have", "must have"),
         ("List should have", "must have"),
@@ -191,7 +191,7 @@ def _plain(text: str) -> str:
         ("Extra inputs are not permitted", "is not known here"),
         (" after validation, not 0", ""),
     ):
-        text = text.replace(theirs, ours)
+        text = text.replace(old, new)
     return text
 
 
@@ -206,7 +206,7 @@ def describe_error(error: ValidationError) -> str:
     text = str(first["msg"]).removeprefix("Value error, ")
     if not name:
         return text
-    return f"{name} {_plain(text)}, got {first.get('input')!r}"
+    return f"{name} {_reworded(text)}, got {first.get('input')!r}"
 
 
 def parse_params(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def parse_params(given: Mapping[str, Any]) -> dict[str, Any]:
 def effective_params(*layers: Mapping[str, Any] | None) -> SamplingParams:
     """Merges layers, the most specific first, over the defaults.
 
-    Raises `ParameterError` where layers that are each sane contradict each other.
+    Raises `ParameterError` where layers that are each valid contradict each other.
     """
     merged: dict[str, Any] = {}
     for layer in reversed(layers):
@@ -248,7 +248,7 @@ def generation_config_layer(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def canonical_json(value: object) -> str:
-    """One spelling for equal values: sorted keys, no spaces, as UTF-8."""
+    """JSON that is the same text for equal values: sorted keys, no spaces, no ASCII escapes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -261,7 +261,7 @@ def parameter_set(params: SamplingParams) -> tuple[str, str]:
 def sample_seed(job_seed: int, request_seed: int | None, index: int, sample: int) -> int:
     """The seed of one sample, 63 bits.
 
-    A request's own seed makes its samples independent of where it stands in the job.
+    With a seed of its own a request's samples do not depend on its index in the job.
     """
     source = f"r:{request_seed}" if request_seed is not None else f"j:{job_seed}:{index}"
     digest = hashlib.blake2b(f"{source}:{sample}".encode(), digest_size=8).digest()
@@ -286,7 +286,7 @@ def _flatten(content: object) -> object:
 class Message(BaseModel):
     """One message of a chat, as the OpenAI API has it."""
 
-    # A chat template may use more (`name`, `tool_calls`): it is handed through.
+    # A chat template may use more keys (`name`, `tool_calls`): they are kept.
     model_config = ConfigDict(extra="allow")
 
     role: Annotated[str, Field(min_length=1)]
@@ -294,10 +294,10 @@ class Message(BaseModel):
 
 
 class RequestBody(BaseModel):
-    """What is asked: a prompt, a chat, or both.
+    """What a request gives to the model: a prompt, a chat, or both.
 
     With both, the chat is used where the checkpoint has a chat template, else the prompt (tasks
-    are written so). `metadata` is kept beside the request and handed back on demand.
+    are written so). `metadata` is stored with the request and returned on demand.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -307,7 +307,7 @@ class RequestBody(BaseModel):
     metadata: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _something_asked(self) -> RequestBody:
+    def _prompt_or_messages(self) -> RequestBody:
         if self.prompt is None and self.messages is None:
             raise ValueError("neither a prompt nor messages")
         return self
@@ -319,9 +319,9 @@ def parse_body(given: Mapping[str, Any]) -> dict[str, Any]:
         body = RequestBody.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(
+        name = ".".join(
             str(part) for part in first["loc"] if part not in ("str", "function-before[_flatten()")
         )
         text = str(first["msg"]).removeprefix("Value error, ")
-        raise ParameterError(f"{place} {_plain(text)}".strip()) from None
+        raise ParameterError(f"{name} {_reworded(text)}".strip()) from None
     return body.model_dump(mode="json", exclude_none=True)

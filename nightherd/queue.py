@@ -1,8 +1,8 @@
 """The Celery application and its queues.
 
 A message is a wake-up: "there is work for this checkpoint". It names no chunk; SQL decides what
-is done. So a lost message costs a tick, a doubled one an empty look, and Redis holds a few
-messages however many prompts wait.
+is done. So a lost message delays work by a tick, a doubled one makes a worker look and find
+nothing, and Redis holds a few messages however many prompts wait.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def queue_name(checkpoint_key: str, only_job: str | None = None) -> str:
 
 
 def wake_queue(name: str) -> Queue:
-    # The nameless exchange: Redis then keeps no binding tables for it.
+    # The default exchange (no name): Redis then keeps no binding tables for it.
     return Queue(name, Exchange(""), routing_key=name)
 
 

@@ -2,7 +2,7 @@
 
 Read from the environment (`NIGHTHERD_*`), then `.env`, then `nightherd.toml`, both in the current
 folder, then the defaults. An unknown name is an error wherever it stands: a misspelt setting must
-not be silently without effect.
+not be ignored silently.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
+from nightherd.engine_kinds import EngineSetting
 from nightherd.errors import SettingsError
 
 PREFIX = "NIGHTHERD_"
@@ -69,7 +70,7 @@ class Settings(BaseModel):
     poison_deaths: int = Field(
         default=8,
         ge=1,
-        description="How many workers must die with a request, alone in them, until it fails as "
+        description="How many workers must die with a request alone in flight until it fails as "
         "`poison`.",
     )
     renew_seconds: float = Field(
@@ -84,7 +85,7 @@ class Settings(BaseModel):
     misfire_seconds: float = Field(
         default=60.0,
         ge=0,
-        description="How late a slot of a schedule with `--misfire skip` may be and still fire.",
+        description="How late a scheduled time with `--misfire skip` may be and still fire.",
     )
     watch_seconds: float = Field(
         default=1.0, gt=0, description="How often a worker asks which of its chunks are wanted."
@@ -104,10 +105,11 @@ class Settings(BaseModel):
         default=20_000, ge=1, description="Rows that submit stores in one transaction."
     )
     slots: int = Field(default=8, ge=1, le=64, description="Chunks that a worker has in flight.")
-    engine: Literal["auto", "kernels", "torch", "generate"] = Field(
+    engine: EngineSetting = Field(
         default="auto",
-        description="What generates: the C kernels on a CPU, plain torch, or transformers' "
-        "generate; auto is the fastest that covers the checkpoint.",
+        description="What generates: `cpu` and `cuda` are the kernels for either device, `torch` "
+        "is plain torch, `transformers` its generate; `auto` is the fastest that covers the "
+        "checkpoint. Old spellings: `kernels` (`cpu` or `cuda`) and `generate` (`transformers`).",
     )
     cpu_level: Literal["amx", "avx512bf16", "avx512", "avx2", "plain"] | None = Field(
         default=None,
@@ -118,7 +120,7 @@ class Settings(BaseModel):
         default=None,
         ge=1,
         description="Sequences that a worker runs at once; by default 128 on a CPU, 512 on a GPU, "
-        "32 with generate.",
+        "32 with `transformers`.",
     )
     token_budget: int | None = Field(
         default=None,
@@ -204,12 +206,12 @@ class Settings(BaseModel):
         scheme, _, rest = value.get_secret_value().partition("://")
         try:
             parts = urlsplit(value.get_secret_value())
-            # What stands behind the host and has an @ is the rest of a password with a bare / ? #.
-            torn = "@" in f"{parts.path}{parts.query}" or bool(parts.fragment)
+            # An @ behind the host belongs to a password with a bare / ? or # in it.
+            unreadable = "@" in f"{parts.path}{parts.query}" or bool(parts.fragment)
             _ = parts.port
         except ValueError:
-            torn = True
-        if scheme not in ("redis", "rediss", "redis+socket") or not rest or torn:
+            unreadable = True
+        if scheme not in ("redis", "rediss", "redis+socket") or not rest or unreadable:
             raise ValueError(
                 "must be redis://:password@host:6379/0, rediss://… or redis+socket:///path, "
                 "with %XX for special characters"
@@ -268,7 +270,7 @@ def parse_size(text: str) -> int:
 
 
 def redact_url(url: str) -> str:
-    """The URL without its password; of one that cannot be taken apart, the scheme alone."""
+    """The URL without its password; of one that cannot be parsed, the scheme alone."""
     scheme, separator, rest = url.partition("://")
     if "@" not in rest:
         return url

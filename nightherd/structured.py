@@ -1,9 +1,9 @@
-"""Structured output: `response_format` and `structured_outputs` as one grammar of llguidance's.
+"""Structured output: `response_format` and `structured_outputs` as a grammar of llguidance.
 
 llguidance (Microsoft) turns a JSON schema, a regular expression or a context-free grammar into the
-set of tokens that may come next. Here its grammars are written and checked, for which no
-checkpoint is needed; `worker.grammar` runs them. A JSON keyword that cannot be held to is an error,
-never ignored.
+set of tokens that may come next. Here the grammars are made and checked, for which no checkpoint is
+needed; `worker.text.grammar` runs them. A keyword of JSON schema that cannot be enforced is an
+error, never ignored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nightherd.params import SamplingParams
 Kind = Literal["json", "regex", "choice", "grammar"]
 
 _WHITESPACE = r"[ \n\r\t]{1,32}"
-"""Between the parts of JSON: bounded, or a weak model spends all its tokens on it."""
+"""White space between the parts of JSON: bounded, or a weak model spends all its tokens on it."""
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 _MESSAGE_CHARS = 300
 _CACHED = 512
@@ -29,7 +29,7 @@ _CACHED = 512
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """What an output must be, in one form whichever parameter said it."""
+    """What an output must be, in one form whichever parameter asked for it."""
 
     kind: Kind
     text: str
@@ -39,16 +39,16 @@ class Structure:
 
 
 def structure_of(params: SamplingParams) -> Structure | None:
-    """What `params` want of the output; None where any text will do.
+    """The structure that `params` ask for; None where the output may be any text.
 
-    Raises `ParameterError` for a form that is not known, for two at once, and for stop strings and
+    Raises `ParameterError` for an unknown form, for two at once, and for stop strings and
     stop tokens beside it: they would end the output before it is whole.
     """
     found = [
         structure
         for structure in (
-            _of_response_format(params.response_format),
-            _of_structured_outputs(params.structured_outputs),
+            _from_response_format(params.response_format),
+            _from_structured_outputs(params.structured_outputs),
         )
         if structure is not None
     ]
@@ -77,7 +77,7 @@ def grammar_text(structure: Structure) -> str:
 
     Answers are cached: ten million rows may share one schema.
     """
-    grammar, problem = _compiled(structure)
+    grammar, problem = _compile(structure)
     if problem is not None:
         raise ParameterError(f"{structure.source} does not compile: {problem}")
     return grammar
@@ -95,7 +95,7 @@ def without_leading_space(params: SamplingParams, text: str) -> str:
     return text[1:] if structure is not None and _may_begin_with_space(structure) else text
 
 
-def _of_response_format(given: Mapping[str, Any] | None) -> Structure | None:
+def _from_response_format(given: Mapping[str, Any] | None) -> Structure | None:
     if given is None:
         return None
     kind = given.get("type")
@@ -118,7 +118,7 @@ def _of_response_format(given: Mapping[str, Any] | None) -> Structure | None:
     return _json(inner["schema"], "response_format.json_schema.schema")
 
 
-def _of_structured_outputs(given: Mapping[str, Any] | None) -> Structure | None:
+def _from_structured_outputs(given: Mapping[str, Any] | None) -> Structure | None:
     if given is None:
         return None
     given = {name: value for name, value in given.items() if value is not None}
@@ -144,11 +144,11 @@ def _of_structured_outputs(given: Mapping[str, Any] | None) -> Structure | None:
 
 
 def _refuse_unknown(
-    place: str, given: Mapping[str, Any], known: set[str] | tuple[str, ...]
+    parameter: str, given: Mapping[str, Any], known: set[str] | tuple[str, ...]
 ) -> None:
     for name in given:
         if name not in known:
-            raise ParameterError(f"{place} has no key {name!r} (it takes: {', '.join(known)})")
+            raise ParameterError(f"{parameter} has no key {name!r} (it takes: {', '.join(known)})")
 
 
 def _json(schema: object, source: str) -> Structure:
@@ -160,7 +160,7 @@ def _json(schema: object, source: str) -> Structure:
     if not isinstance(schema, Mapping):
         raise ParameterError(f"{source} must be a JSON schema, an object, got {schema!r:.80}")
     try:
-        # As it is written: properties are generated in the order of the schema.
+        # In the order of its keys: the output has its properties in this order.
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (ValueError, RecursionError) as error:
         raise ParameterError(f"{source} is not JSON: {_one_line(str(error))}") from None
@@ -183,28 +183,28 @@ def _may_begin_with_space(structure: Structure) -> bool:
 
 
 @lru_cache(maxsize=_CACHED)
-def _compiled(structure: Structure) -> tuple[str, str | None]:
+def _compile(structure: Structure) -> tuple[str, str | None]:
     """The grammar, and why it does not compile, if so."""
     # Not at the top: `nightherd submit --help` has no need of it.
     from llguidance import LLMatcher
 
     try:
-        grammar = _written(structure)
+        grammar = _to_grammar(structure)
         failed, messages = LLMatcher.validate_grammar_with_warnings(grammar)
     except (ValueError, RecursionError) as error:
         return "", _one_line(str(error))
-    return grammar, _reason(structure.kind, messages[0]) if failed else None
+    return grammar, _short_message(structure.kind, messages[0]) if failed else None
 
 
-def _written(structure: Structure) -> str:
-    """The structure in llguidance's language; raises `ValueError`."""
+def _to_grammar(structure: Structure) -> str:
+    """The structure as a grammar of llguidance; raises `ValueError`."""
     from llguidance import LLMatcher, grammar_from, regex_to_lark
 
     if structure.kind == "json":
         return _json_grammar(json.loads(structure.text))
     if structure.kind == "choice":
         space = " ?" if _may_begin_with_space(structure) else ""
-        choices = "|".join(map(_escaped, json.loads(structure.text)))
+        choices = "|".join(map(_regex_escaped, json.loads(structure.text)))
         return LLMatcher.grammar_from_regex(f"{space}(?:{choices})")
     if structure.kind == "regex":
         if re.search(r"(?<!\\)(\\\\)*\\$", structure.text):
@@ -215,7 +215,7 @@ def _written(structure: Structure) -> str:
         # Lark in llguidance's dialect, or GBNF where there is a `::=`.
         return grammar_from("grammar", structure.text)
     except Exception as error:
-        # Its converter is plain Python over the user's text, and raises what it happens to.
+        # Its converter from GBNF parses the user's text in Python, and raises any exception.
         raise ValueError(str(error)) from None
 
 
@@ -227,26 +227,26 @@ def _json_grammar(schema: dict[str, Any]) -> str:
     return json.dumps({"grammars": [start, value]}, ensure_ascii=False)
 
 
-def _escaped(text: str) -> str:
+def _regex_escaped(text: str) -> str:
     """`text` as a regex that matches it alone."""
     return "".join(
         char if char.isalnum() or ord(char) >= 0x80 else f"\\x{{{ord(char):X}}}" for char in text
     )
 
 
-def _reason(kind: Kind, message: str) -> str:
-    """The heart of llguidance's message, which quotes the grammar over several lines."""
+def _short_message(kind: Kind, message: str) -> str:
+    """The line of llguidance's message that says what is wrong, without the grammar it quotes."""
     if kind == "regex":
         inner = re.search(r"^error: (.+)$", message, re.MULTILINE)
         if inner is not None:
             return _one_line(inner[1])
         message = message.partition("(in regex): ")[2] or message
     first = message.strip().partition("\n")[0]
-    place = re.match(r"(?:at )?(\d+)\((\d+)\): ", first)
-    if place is None:
+    location = re.match(r"(?:at )?(\d+)\((\d+)\): ", first)
+    if location is None:
         return _one_line(first)
-    rest = first[place.end() :]
-    return _one_line(f"line {place[1]}: {rest}" if kind == "grammar" else rest)
+    rest = first[location.end() :]
+    return _one_line(f"line {location[1]}: {rest}" if kind == "grammar" else rest)
 
 
 def _one_line(text: str) -> str:

@@ -51,9 +51,9 @@ class TextProcessor:
         """32 hex digits over the chat template; None without one."""
         self.vocab_size: int = max(tokenizer.get_vocab().values(), default=-1) + 1
         """One more than the greatest token id; a model's own vocabulary is often padded beyond."""
-        self.bos_token_id = self._id_of("bos_token")
+        self.bos_token_id = self._special_token_id("bos_token")
         self.eos_token_ids = self._eos_token_ids(config, generation_config)
-        """What ends a text, of generation_config.json, else config.json, else the tokenizer."""
+        """Tokens that end a text: generation_config.json's, config.json's or the tokenizer's."""
         self.context_length = context_length(config)
         """Prompt and generated tokens together, at most."""
         try:
@@ -119,37 +119,37 @@ class TextProcessor:
     def prepare(self, body: Mapping[str, Any], params: SamplingParams) -> list[int]:
         """The prompt's token ids of one request body, as `nightherd.params.parse_body` made it.
 
-        Raises `RowError` (`invalid_request`) where it cannot be asked of this checkpoint.
+        Raises `RowError` (`invalid_request`) where this checkpoint cannot run it.
         """
-        asked, special = self._asked(body, params)
-        ids = self.encode(asked, special) if isinstance(asked, str) else asked
-        return self._finish_prompt(ids, params)
+        prompt, special = self._prompt_of(body, params)
+        ids = self.encode(prompt, special) if isinstance(prompt, str) else prompt
+        return self._truncated(ids, params)
 
     def prepare_many(
         self, items: Sequence[tuple[Mapping[str, Any], SamplingParams]]
     ) -> list[list[int] | RowError]:
-        """`prepare` for many requests at once; what one raises stands in its place."""
+        """`prepare` for many requests at once; what one raises is returned at its index."""
         prepared: list[list[int] | RowError] = [[] for _ in items]
         texts: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
-        for place, (body, params) in enumerate(items):
+        for index, (body, params) in enumerate(items):
             try:
-                asked, special = self._asked(body, params)
-                if isinstance(asked, str):
-                    texts[special].append((place, _checked_text(asked)))
+                prompt, special = self._prompt_of(body, params)
+                if isinstance(prompt, str):
+                    texts[special].append((index, _checked_text(prompt)))
                 else:
-                    prepared[place] = asked
+                    prepared[index] = prompt
             except RowError as error:
-                prepared[place] = error
+                prepared[index] = error
         for special, group in texts.items():
             encoded = self.encode_batch([text for _, text in group], special)
-            for (place, _), ids in zip(group, encoded, strict=True):
-                prepared[place] = ids
-        for place, ((_, params), outcome) in enumerate(zip(items, prepared, strict=True)):
+            for (index, _), ids in zip(group, encoded, strict=True):
+                prepared[index] = ids
+        for index, ((_, params), outcome) in enumerate(zip(items, prepared, strict=True)):
             if not isinstance(outcome, RowError):
                 try:
-                    prepared[place] = self._finish_prompt(outcome, params)
+                    prepared[index] = self._truncated(outcome, params)
                 except RowError as error:
-                    prepared[place] = error
+                    prepared[index] = error
         return prepared
 
     def decode(
@@ -196,8 +196,7 @@ class TextProcessor:
         return text[len(before) :]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for: of a special token its name, often less than a
-        character of another."""
+        """A token's bytes, which may be a part of a character; of a special token, its name."""
         token = self.tokenizer.id_to_token(token_id)
         if token is None:
             return b""
@@ -226,7 +225,7 @@ class TextProcessor:
         state = json.loads(self.tokenizer.decoder.__getstate__())
         return frozenset(part["type"] for part in [state, *state.get("decoders", [])])
 
-    def _id_of(self, role: str) -> int | None:
+    def _special_token_id(self, role: str) -> int | None:
         token = self.special_tokens.get(role)
         return None if token is None else self.tokenizer.token_to_id(token)
 
@@ -239,13 +238,13 @@ class TextProcessor:
                 return frozenset([given])
             if given:
                 return frozenset(given)
-        own = self._id_of("eos_token")
+        own = self._special_token_id("eos_token")
         return frozenset() if own is None else frozenset([own])
 
-    def _asked(
+    def _prompt_of(
         self, body: Mapping[str, Any], params: SamplingParams
     ) -> tuple[str | list[int], bool]:
-        """What to encode, or the ids already, and whether special tokens are added."""
+        """The prompt as text to encode or as token ids, and whether to add special tokens."""
         prompt = body.get("prompt")
         messages = body.get("messages")
         if messages is not None and (self.has_chat_template or prompt is None):
@@ -264,7 +263,8 @@ class TextProcessor:
                 )
         return list(prompt), False
 
-    def _finish_prompt(self, ids: list[int], params: SamplingParams) -> list[int]:
+    def _truncated(self, ids: list[int], params: SamplingParams) -> list[int]:
+        """The prompt cut to `truncate_prompt_tokens`; of an empty one, the bos token alone."""
         if params.truncate_prompt_tokens is not None:
             ids = ids[-params.truncate_prompt_tokens :]
         if ids:
@@ -319,9 +319,9 @@ def find_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 @cache
 def _byte_level_table() -> dict[str, int]:
-    """Byte of each character that byte-level BPE (GPT-2) writes for it."""
+    """By each character that byte-level BPE (GPT-2) writes for a byte, that byte."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]
     table = {chr(byte): byte for byte in shown}
-    table.update({chr(0x100 + place): byte for place, byte in enumerate(hidden)})
+    table.update({chr(0x100 + index): byte for index, byte in enumerate(hidden)})
     return table

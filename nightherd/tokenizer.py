@@ -1,6 +1,6 @@
 """The tokenizer in a checkpoint's folder, built as transformers builds it. No transformers.
 
-tokenizer.json does not say it all. From a checkpoint whose class is LlamaTokenizer or
+tokenizer.json does not define all of it. From a checkpoint whose class is LlamaTokenizer or
 CodeLlamaTokenizer transformers takes the vocabulary, the merges and the special tokens alone, and
 makes the rest of the pipeline anew; and whatever the class is, it adds special tokens that are
 named beside the file. Both are done here, so that the token ids are the same.
@@ -64,7 +64,7 @@ def converted_path(folder: Path, home: Path) -> Path | None:
     if (folder / "tokenizer.json").exists() or not (folder / _SENTENCEPIECE).exists():
         return None
     digest = hashlib.sha256()
-    # All that decides what transformers makes of it.
+    # All files that decide what transformers makes of it.
     for name in (
         _SENTENCEPIECE,
         "tokenizer_config.json",
@@ -105,12 +105,12 @@ def load_tokenizer(
         family in ("LlamaTokenizer", "CodeLlamaTokenizer")
         and config.get("model_type") == "llama"
         and path.name == "tokenizer.json"
-        # Llama 3 under the name of Llama 2's class: there the file is obeyed.
+        # Llama 3 under the name of Llama 2's class: there transformers obeys the file.
         and b'"ByteLevel"' not in raw
     )
     try:
         if rebuilt:
-            state, added = _pipeline_of(family, json.loads(raw), settings)
+            state, added = _class_pipeline(family, json.loads(raw), settings)
             tokenizer = Tokenizer.from_str(json.dumps(state))
             tokenizer.add_tokens(added)
         else:
@@ -121,7 +121,7 @@ def load_tokenizer(
         extra = _INFILLING | dict(settings) if family == "CodeLlamaTokenizer" else settings
         _add_named_tokens(tokenizer, folder, extra)
         if family == "CodeLlamaTokenizer" and rebuilt:
-            _begin_with(tokenizer, str(_content(settings.get("bos_token")) or "<s>"))
+            _prepend_bos(tokenizer, str(_content(settings.get("bos_token")) or "<s>"))
     # A file may have been saved with these switched on; prompts are never cut or padded here.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -148,23 +148,23 @@ def _class_name(settings: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return str(name).removesuffix("Fast")
 
 
-def _pipeline_of(
+def _class_pipeline(
     family: str, state: dict[str, Any], settings: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[AddedToken]]:
-    """The state of a tokenizer as its class writes it, without its added tokens, and those."""
-    code = family == "CodeLlamaTokenizer"
+    """The state of a tokenizer as its class makes it, and the tokens to add to it."""
+    code_llama = family == "CodeLlamaTokenizer"
     prefix = settings.get("add_prefix_space") is not False
-    scheme = "always" if settings.get("legacy") and not code else "first"
+    scheme = "always" if settings.get("legacy") and not code_llama else "first"
     steps: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    if prefix or code:
+    if prefix or code_llama:
         steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     model = state["model"]
     unknown = _content(settings.get("unk_token", "<unk>"))
-    written = {
+    new_state = {
         **state,
         "normalizer": None,
         "pre_tokenizer": {
@@ -177,7 +177,7 @@ def _pipeline_of(
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": unknown if code else None,
+            "unk_token": unknown if code_llama else None,
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,
@@ -188,16 +188,18 @@ def _pipeline_of(
         },
         "added_tokens": [],
     }
-    known = settings.get("added_tokens_decoder")
-    if known is None:
+    listed = settings.get("added_tokens_decoder")
+    if listed is None:
         entries = {entry["id"]: entry for entry in state.get("added_tokens", [])}
     else:
-        entries = {int(place): entry for place, entry in known.items()}
-    return written, [_added(entries[place], special=False) for place in sorted(entries)]
+        entries = {int(token_id): entry for token_id, entry in listed.items()}
+    return new_state, [
+        _added_token(entries[token_id], special=False) for token_id in sorted(entries)
+    ]
 
 
 def _add_named_tokens(tokenizer: Tokenizer, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Adds the special tokens that stand beside tokenizer.json and not in it."""
+    """Adds the special tokens that other files than tokenizer.json name."""
     merged = dict(settings)
     older = "added_tokens_decoder" not in settings
     if older:
@@ -215,8 +217,8 @@ def _add_named_tokens(tokenizer: Tokenizer, folder: Path, settings: Mapping[str,
             wanted.append(AddedToken(name, normalized=name not in names, special=name in names))
     else:
         decoder = settings["added_tokens_decoder"]
-        wanted += [_added(decoder[place], special=False) for place in sorted(decoder, key=int)]
-    wanted += [_added(token, special=True) for token in special]
+        wanted += [_added_token(decoder[key], special=False) for key in sorted(decoder, key=int)]
+    wanted += [_added_token(token, special=True) for token in special]
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for token in wanted:
         if token.content not in known:
@@ -224,25 +226,27 @@ def _add_named_tokens(tokenizer: Tokenizer, folder: Path, settings: Mapping[str,
             tokenizer.add_tokens([token])
 
 
-def _begin_with(tokenizer: Tokenizer, token: str) -> None:
+def _prepend_bos(tokenizer: Tokenizer, token: str) -> None:
+    """Makes encoding with special tokens begin with `token`, where the vocabulary has it."""
     from tokenizers.processors import TemplateProcessing
 
-    place = tokenizer.token_to_id(token)
-    if place is not None:
+    token_id = tokenizer.token_to_id(token)
+    if token_id is not None:
         tokenizer.post_processor = TemplateProcessing(
             single=f"{token}:0 $A:0",
             pair=f"{token}:0 $A:0 {token}:1 $B:1",
-            special_tokens=[(token, place)],
+            special_tokens=[(token, token_id)],
         )
 
 
 def _content(token: object) -> str | None:
+    """The text of a token that is given as a string, or as an object with `content`."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) and token else None
 
 
-def _added(token: str | Mapping[str, Any], special: bool) -> AddedToken:
+def _added_token(token: str | Mapping[str, Any], special: bool) -> AddedToken:
     if isinstance(token, str):
         return AddedToken(token, special=special, normalized=not special)
     options = {
@@ -263,10 +267,10 @@ def special_tokens(settings: Mapping[str, Any], legacy: Mapping[str, Any]) -> di
     merged = dict(settings)
     if "added_tokens_decoder" not in settings:
         merged.update(legacy)
-    return dict(_named(merged.items()))
+    return dict(_by_role(merged.items()))
 
 
-def _named(items: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, str]]:
+def _by_role(items: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, str]]:
     for role, value in items:
         content = _content(value)
         if role.endswith("_token") and content is not None:

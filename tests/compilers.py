@@ -15,7 +15,7 @@ def wait_until(done: Callable[[], object], seconds: float = 20) -> None:
 
 
 def alive(pid: int) -> bool:
-    """A zombie is not: it only waits for somebody to ask how it ended."""
+    """Whether a process runs; a zombie, which waits to be reaped, does not."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

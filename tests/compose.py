@@ -122,20 +122,20 @@ def ignored(name: str) -> bool:
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     out = False
     path = Path(name)
-    places = [str(place) for place in (path, *path.parents) if place != Path(".")]
+    candidates = [str(above) for above in (path, *path.parents) if above != Path(".")]
     for line in lines:
         pattern = line.strip()
         if not pattern or pattern.startswith("#"):
             continue
         keep = pattern.startswith("!")
-        if any(_fits(place, pattern.removeprefix("!")) for place in places):
+        if any(_fits(one, pattern.removeprefix("!")) for one in candidates):
             out = not keep
     return out
 
 
-def _fits(place: str, pattern: str) -> bool:
+def _fits(path: str, pattern: str) -> bool:
     if pattern.startswith("**/"):
-        return fnmatch.fnmatchcase(place.rpartition("/")[2], pattern.removeprefix("**/"))
+        return fnmatch.fnmatchcase(path.rpartition("/")[2], pattern.removeprefix("**/"))
     assert "**" not in pattern, "teach this reader"
     # A star does not cross a slash.
-    return place.count("/") == pattern.count("/") and fnmatch.fnmatchcase(place, pattern)
+    return path.count("/") == pattern.count("/") and fnmatch.fnmatchcase(path, pattern)

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 
-from migrations import runner
+from migrations import schema
 from models.database import Database
 from nightherd import broker
 from nightherd.settings import Settings
@@ -60,7 +60,7 @@ def postgresql_template(postgresql: str) -> str:
     name = "nightherd_template"
     _administer(postgresql, f"CREATE DATABASE {name}")
     database = Database(_with_database(postgresql, name))
-    runner.upgrade(database)
+    schema.upgrade(database)
     database.close()
     return name
 
@@ -93,7 +93,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
     if request.param == "sqlite":
         url = f"sqlite:///{tmp_path / 'nightherd.db'}"
         database = Database(url)
-        runner.upgrade(database)
+        schema.upgrade(database)
         database.close()
         yield url
         return
@@ -117,7 +117,7 @@ def database(database_url: str) -> Iterator[Database]:
 def sqlite_database(tmp_path: Path) -> Iterator[Database]:
     """An open SQLite database, for what does not depend on the kind."""
     opened = Database(f"sqlite:///{tmp_path / 'nightherd.db'}", pool_size=10)
-    runner.upgrade(opened)
+    schema.upgrade(opened)
     yield opened
     opened.close()
 

@@ -13,7 +13,7 @@ import torch
 
 from nightherd.params import SamplingParams
 from worker.engine.engine import BatchEngine
-from worker.engine.interface import Engine, EngineRequest, Generation, Output
+from worker.engine.interface import Engine, EngineRequest, Output, RequestHandle
 from worker.engine.scheduler import Scheduler
 
 VOCAB = 500
@@ -39,14 +39,14 @@ def ask(prompt: Sequence[int] = PROMPTS[1], **given: Any) -> EngineRequest:
     )
 
 
-def wait(generation: Generation) -> Output:
-    (future,) = generation.futures
+def wait(handle: RequestHandle) -> Output:
+    (future,) = handle.futures
     return future.result(timeout=20)
 
 
 def tokens(engine: Engine, *requests: EngineRequest) -> list[tuple[int, ...]]:
     """What one batch of requests of one sample generates; none may fail."""
-    outputs = [wait(generation) for generation in [engine.add(request) for request in requests]]
+    outputs = [wait(handle) for handle in [engine.add(request) for request in requests]]
     assert {output.finish_reason for output in outputs} <= {"stop", "length"}, outputs
     return [output.token_ids for output in outputs]
 
@@ -63,10 +63,10 @@ def check(engine: BatchEngine) -> None:
     assert engine._samples == {}
 
 
-def careless(scheduler: Scheduler) -> None:
-    """From now on it admits whoever has room now, whatever all of them come to need: so that blocks
-    run out, which they do otherwise only where outputs get longer than expected."""
-    scheduler._surely_fits = lambda sequence, match: True  # type: ignore[method-assign]
+def admit_freely(scheduler: Scheduler) -> None:
+    """From now on it admits any sequence that fits now, without a forecast, so that blocks run out.
+    Otherwise they do only where outputs get longer than expected."""
+    scheduler._fits_worst_case = lambda sequence, match: True  # type: ignore[method-assign]
 
 
 class Faulty:

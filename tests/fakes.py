@@ -21,9 +21,10 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from nightherd.errors import RowErrorCode
 from nightherd.params import SamplingParams, sample_seed
 from nightherd.text import TextProcessor
-from worker.engine.interface import EngineRequest, EngineStats, Generation, Output
+from worker.engine.interface import EngineRequest, EngineStats, Output, RequestHandle
 
 _SPECIAL = ("<|begin|>", "<|end|>")
 _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -66,7 +67,7 @@ def fake_tokens(prompt: Sequence[int], seed: int, count: int) -> tuple[int, ...]
     """The tokens of one sample: letters, by a hash of all that may matter."""
     source = f"{tuple(prompt)}:{seed}:{count}".encode()
     digest = hashlib.blake2b(source, digest_size=min(count, 64)).digest()
-    return tuple(_LETTERS[digest[place % 64] % 26] for place in range(count))
+    return tuple(_LETTERS[digest[index % 64] % 26] for index in range(count))
 
 
 def expected_text(prompt: str, *, job_seed: int, index: int, sample: int, max_tokens: int) -> str:
@@ -80,12 +81,17 @@ def expected_text(prompt: str, *, job_seed: int, index: int, sample: int, max_to
 class _Sequence:
     """A sample that runs: its tokens are known, they only have to come out."""
 
-    generation: Generation
-    place: int
+    handle: RequestHandle
+    index: int
+    """Which sample of its request."""
     started: float = 0.0
     emitted: int = 0
     check: Any = None
     tokens: tuple[int, ...] = field(default=())
+
+
+Failure = tuple[RowErrorCode, str]
+"""Code and message of a row that fails."""
 
 
 class FakeEngine:
@@ -96,12 +102,12 @@ class FakeEngine:
     def __init__(self, step_seconds: float = 0.0) -> None:
         self.broken: str | None = None
         self.step_seconds = step_seconds
-        self.fails: Callable[[EngineRequest], tuple[str, str] | None] = lambda request: None
+        self.fails: Callable[[EngineRequest], Failure | None] = lambda request: None
         """`(code, message)` of a request that is to fail."""
         self.raises: Callable[[EngineRequest], Exception | None] = lambda request: None
         """What `add` is to raise for a request."""
         self.finishes: Callable[[Output], Output] = lambda output: output
-        """A last word on outputs."""
+        """Applied to each output at its end."""
         self.refuses: str | None = None
         """The parameter that `unsupported` names."""
         self.added = 0
@@ -134,35 +140,35 @@ class FakeEngine:
     def start(self) -> None:
         self._thread.start()
 
-    def add(self, request: EngineRequest) -> Generation:
+    def add(self, request: EngineRequest) -> RequestHandle:
         error = self.raises(request)
         if error is not None:
             raise error
-        generation = Generation(request)
+        handle = RequestHandle(request)
         self.added += 1
         failure = self.fails(request)
         if failure is not None:
             code, message = failure
-            for future in generation.futures:
+            for future in handle.futures:
                 future.set_result(Output((), "error", error_code=code, error_message=message))
-            return generation
-        sequences = [_Sequence(generation, place) for place in range(len(request.seeds))]
+            return handle
+        sequences = [_Sequence(handle, index) for index in range(len(request.seeds))]
         with self._wake:
             if not self._stopping and self.broken is None:
                 self._sequences += sequences
                 self._wake.notify()
-                return generation
-        self.abort([generation])
-        return generation
+                return handle
+        self.abort([handle])
+        return handle
 
-    def abort(self, generations: Sequence[Generation]) -> None:
+    def abort(self, handles: Sequence[RequestHandle]) -> None:
         with self._wake:
-            for generation in generations:
-                generation.aborted = True
-            gone = set(map(id, generations))
-            self._sequences = [s for s in self._sequences if id(s.generation) not in gone]
-        for generation in generations:
-            for future in generation.futures:
+            for handle in handles:
+                handle.aborted = True
+            aborted = set(map(id, handles))
+            self._sequences = [s for s in self._sequences if id(s.handle) not in aborted]
+        for handle in handles:
+            for future in handle.futures:
                 _answer(future, Output((), "aborted"))
 
     def unsupported(self, params: SamplingParams) -> str | None:
@@ -190,8 +196,8 @@ class FakeEngine:
 
     def _abort_all(self) -> None:
         with self._wake:
-            generations = [sequence.generation for sequence in self._sequences]
-        self.abort(generations)
+            handles = [sequence.handle for sequence in self._sequences]
+        self.abort(handles)
 
     def _loop(self) -> None:
         while True:
@@ -213,11 +219,11 @@ class FakeEngine:
 
     def _advance(self, sequence: _Sequence) -> bool:
         """The next token; true if it was the last. Without a pace all of them come at once."""
-        request = sequence.generation.request
+        request = sequence.handle.request
         if not sequence.emitted:
             sequence.started = time.monotonic()
             sequence.tokens = fake_tokens(
-                request.prompt_token_ids, request.seeds[sequence.place], request.max_new_tokens
+                request.prompt_token_ids, request.seeds[sequence.index], request.max_new_tokens
             )
             if request.make_stop_check is not None:
                 sequence.check = request.make_stop_check()
@@ -234,7 +240,7 @@ class FakeEngine:
                     started=sequence.started,
                     finished=time.monotonic(),
                 )
-                _answer(sequence.generation.futures[sequence.place], self.finishes(output))
+                _answer(sequence.handle.futures[sequence.index], self.finishes(output))
                 return True
         return False
 
@@ -259,14 +265,15 @@ def main() -> None:
     """Serves with a fake engine; options come as one JSON object.
 
     `checkpoint`, `only_job`, `context_length`, `step_seconds`, `load_seconds`, `load_error`;
-    `deaf_load_seconds`: the main thread hears no signal meanwhile; `hang_on_stop`: the engine does
+    `blocked_load_seconds`: the same, while the main thread gets no
+    signal; `hang_on_stop`: the engine does
     not stop; `break_on`: a prompt that begins so breaks the engine.
     """
     from nightherd.cli import _fail
     from nightherd.errors import CheckpointError, NightherdError
     from nightherd.log import configure_logging
     from nightherd.settings import load_settings
-    from worker.app import Loaded, WorkerOptions, serve
+    from worker.process.app import Loaded, WorkerOptions, serve
 
     given: dict[str, Any] = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
     settings = load_settings()
@@ -275,18 +282,18 @@ def main() -> None:
     def load(options: WorkerOptions, _settings: object) -> Loaded:
         if "load_error" in given:
             raise CheckpointError(given["load_error"])
-        if "deaf_load_seconds" in given:
+        if "blocked_load_seconds" in given:
             # As a library's call that no signal ends: others of the process get it.
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
             print("loading", file=sys.stderr, flush=True)
-            time.sleep(given["deaf_load_seconds"])
+            time.sleep(given["blocked_load_seconds"])
         time.sleep(given.get("load_seconds", 0.0))
         engine = FakeEngine(given.get("step_seconds", 0.0))
         text = byte_text(given.get("context_length", 4096))
         if "break_on" in given:
             start = tuple(text.encode(given["break_on"], False))
 
-            def fails(request: EngineRequest) -> tuple[str, str] | None:
+            def fails(request: EngineRequest) -> Failure | None:
                 if request.prompt_token_ids[: len(start)] == start:
                     threading.Timer(0.2, engine.break_down).start()
                 return None

@@ -9,8 +9,8 @@ import logging
 import sys
 from pathlib import Path
 
-from worker.engine.cpu_compile import Kernels, LibraryError, find_compiler
-from worker.engine.cpu_level import levels_here
+from worker.engine.cpu.compiler import CpuKernels, LibraryError, find_compiler
+from worker.engine.cpu.level import levels_here
 
 CACHE = Path(__file__).resolve().parents[1] / "build" / "tests"
 """The cache folder of all tests: a new home for each would compile them each time."""
@@ -21,7 +21,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for level in levels_here():
         try:
-            Kernels(FOLDER, level).library()
+            CpuKernels(FOLDER, level).library()
         except LibraryError as error:
             if find_compiler() is None:
                 print(f"tests of the kernels will be skipped: {error}")

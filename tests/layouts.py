@@ -358,12 +358,12 @@ def write_meta(
         for short, name in (("attention", "input"), ("ffn", "post_attention")):
             weight = tensors[f"{own}.{name}_layernorm.weight"]
             whole[f"{theirs}.{short}_norm.weight"] = (weight, None)
-    for place in range(files):
+    for index in range(files):
         part = {
-            name: (weight if dim is None else weight.chunk(files, dim)[place]).clone().to(dtype)
+            name: (weight if dim is None else weight.chunk(files, dim)[index]).clone().to(dtype)
             for name, (weight, dim) in whole.items()
         }
-        torch.save(part, folder / f"consolidated.{place:02}.pth")
+        torch.save(part, folder / f"consolidated.{index:02}.pth")
 
 
 def _pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import make_url, text
 
-from migrations import runner
+from migrations import schema
 from models.database import Database
 
 _TABLES = ("jobs", "workers", "schedules", "parameter_sets", "provenance")
-"""All that does not go with one of these."""
+"""Deleting their rows deletes those of all other tables but `sweeps`."""
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +25,7 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database file with the whole schema, to be copied."""
     path = tmp_path_factory.mktemp("template") / "nightherd.db"
     made = Database(f"sqlite:///{path}")
-    runner.upgrade(made)
+    schema.upgrade(made)
     with made.engine.connect() as connection:
         connection.exec_driver_sql("ROLLBACK")
         connection.connection.driver_connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # type: ignore[union-attr]
@@ -44,7 +44,7 @@ def common_postgresql(postgresql: str) -> Iterator[str]:
         connection.execute(text(f"CREATE DATABASE {name}"))
     url = make_url(postgresql).set(database=name).render_as_string(hide_password=False)
     made = Database(url)
-    runner.upgrade(made)
+    schema.upgrade(made)
     made.close()
     yield url
     with engine.connect() as connection:

@@ -18,7 +18,7 @@ Behaviour = Callable[[BaseHTTPRequestHandler], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class ReceivedRequest:
     """One request, as it came."""
 
     path: str
@@ -45,7 +45,7 @@ class Heard:
 class Receiver:
     url: str
     port: int
-    heard: list[Heard] = field(default_factory=list)
+    received: list[ReceivedRequest] = field(default_factory=list)
     answers: list[int | Behaviour] = field(default_factory=list)
     """What is answered next, in turn; 204 when there is nothing left."""
 
@@ -57,7 +57,7 @@ def receiver() -> Iterator[Receiver]:
             raw = self.rfile.read(int(self.headers["content-length"]))
             headers = {name.lower(): value for name, value in self.headers.items()}
             with lock:
-                got.heard.append(Heard(self.path, headers, raw))
+                got.received.append(ReceivedRequest(self.path, headers, raw))
                 answer = got.answers.pop(0) if got.answers else 204
             if callable(answer):
                 answer(self)
@@ -76,7 +76,7 @@ def receiver() -> Iterator[Receiver]:
         request_queue_size = 64
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            pass  # a courier that was killed
+            pass  # a client that was killed
 
     lock = threading.Lock()
     server = Server(("127.0.0.1", 0), Handler)

@@ -21,7 +21,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NOBODY = 65534
 
-_OPEN_UP = """
+_MOUNT = """
 set -e
 if [ "$1" = net ]; then ip link set lo up; mount --bind "$2/hosts" /etc/hosts; fi
 keep="$2"
@@ -60,7 +60,7 @@ class Sandbox:
         namespaces = ["--mount", *(["--net"] if hosts else [])]
         kinds = "net" if hosts else "mounts"
         self._holder = subprocess.Popen(
-            ["unshare", *namespaces, "sh", "-c", _OPEN_UP, "sh", kinds, str(folder), *_closed()],
+            ["unshare", *namespaces, "sh", "-c", _MOUNT, "sh", kinds, str(folder), *_closed()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -68,8 +68,8 @@ class Sandbox:
         )
         assert self._holder.stdout is not None
         if self._holder.stdout.readline() != "ready\n":
-            _, said = self._holder.communicate()
-            pytest.skip(f"this machine lets nobody make namespaces: {said.strip()}")
+            _, reason = self._holder.communicate()
+            pytest.skip(f"this machine allows no namespaces: {reason.strip()}")
         self._enter = [
             *("nsenter", f"--target={self._holder.pid}", *namespaces, "setpriv"),
             *(f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),

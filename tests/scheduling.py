@@ -17,8 +17,8 @@ from models.job import Job
 from models.schedule import Firing, Schedule
 from models.store import firings, schedules
 from nightherd.settings import Settings
-from producer.cron import parse_rule, show_utc
-from producer.schedules.scheduler import Scheduler
+from producer.schedules.cron import parse_rule, show_utc
+from producer.schedules.firing_loop import FiringLoop
 
 OPTIONS: dict[str, Any] = {
     "checkpoint": "demo",
@@ -67,7 +67,7 @@ BEGIN = utc("2026-01-05T00:00")
 
 
 class Clock:
-    """The time that a scheduler goes by."""
+    """The time that a firing loop goes by."""
 
     def __init__(self, now: datetime) -> None:
         self.now = now
@@ -97,7 +97,7 @@ def make_schedule(
     options: dict[str, Any] | None = None,
     **changes: Any,
 ) -> int:
-    """A schedule whose first slot is the first one after `since`; its id."""
+    """A schedule whose first scheduled time is the first one after `since`; its id."""
     values: dict[str, Any] = {
         "concurrency": "allow",
         "misfire": "coalesce",
@@ -124,10 +124,10 @@ def make_schedule(
 
 
 @contextmanager
-def scheduler(
+def firing_loop(
     database: Database, settings: Settings, clock: Callable[[Connection], datetime]
-) -> Iterator[Scheduler]:
-    made = Scheduler(database, settings, clock=clock)
+) -> Iterator[FiringLoop]:
+    made = FiringLoop(database, settings, clock=clock)
     made._look_for_ends_at = -1e9
     try:
         yield made
@@ -136,7 +136,7 @@ def scheduler(
 
 
 def all_firings(database: Database) -> list[Row[Any]]:
-    """In the order of their slots, with their `job`."""
+    """In the order of their scheduled times, with their `job`."""
     job = firings.newest_job().correlate(Firing).scalar_subquery().label("job")
     with database.read() as connection:
         query = select(Firing, job).order_by(Firing.scheduled_for_utc, Firing.id)
@@ -144,7 +144,7 @@ def all_firings(database: Database) -> list[Row[Any]]:
 
 
 def told(database: Database) -> list[str]:
-    """Each firing in a few words: its slot and its state."""
+    """Each firing in a few words: its scheduled time and its state."""
     return [f"{show_utc(row.scheduled_for_utc)} {row.state}" for row in all_firings(database)]
 
 

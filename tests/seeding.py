@@ -1,6 +1,7 @@
 """Jobs, workers and results made straight in the database, for tests that need no worker process.
 
-A worker is played by the test: `claim` takes a chunk, `save` writes what it owes, `lapse` kills it.
+A worker is played by the test: `claim` takes a chunk, `save` stores its pending samples, `lapse`
+lets its lease run out.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from sqlalchemy import Row, event, func, select, update
 from models.base import db_now, new_id
 from models.database import Database
 from models.job import Chunk, Job, Result
-from models.store import chunks, leases, results, submit
+from models.store import chunks, leases, results
+from models.store import storing as store
 from models.store.chunks import Claim, ClaimOutcome, PendingRequest
 from models.store.results import ChunkSave, SaveOutcome
 from models.worker import Worker
+from nightherd.errors import RowErrorCode
 
 KEY = "demo"
 SEED = 7
@@ -34,20 +37,20 @@ def make_job(
     **changes: Any,
 ) -> str:
     """Stores a job of `n` prompts, each with `samples` outputs; `storing` leaves it half done."""
-    new = submit.NewJob(
+    new = store.NewJob(
         id=new_id(), checkpoint_key=key, seed=SEED, **{"params": {"n": samples}, **changes}
     )
-    rows = [submit.NewRequest(i, {"prompt": f"prompt {i}"}, None, None, samples) for i in range(n)]
+    rows = [store.NewRequest(i, {"prompt": f"prompt {i}"}, None, None, samples) for i in range(n)]
     ranges = [
-        submit.ChunkRange(first, count, count * samples)
+        store.ChunkRange(first, count, count * samples)
         for first in range(0, n, chunk_size)
         for count in [min(chunk_size, n - first)]
     ]
     with database.write() as connection:
-        submit.begin_storing(connection, new)
-        submit.store_requests(connection, new.id, rows)
+        store.begin_storing(connection, new)
+        store.store_requests(connection, new.id, rows)
         if not storing:
-            submit.finish_storing(connection, new.id, ranges)
+            store.finish_storing(connection, new.id, ranges)
     return new.id
 
 
@@ -96,8 +99,8 @@ def claim(database: Database, worker_id: str, **options: Any) -> Claim:
     return outcome
 
 
-def pending(database: Database, held: Claim) -> list[PendingRequest]:
-    """What a claimed chunk still owes."""
+def pending_requests(database: Database, held: Claim) -> list[PendingRequest]:
+    """The requests of a claimed chunk that still have samples to run."""
     with database.read() as connection:
         return chunks.load_pending(
             connection,
@@ -109,14 +112,16 @@ def pending(database: Database, held: Claim) -> list[PendingRequest]:
         )
 
 
-def owed(database: Database, held: Claim) -> list[tuple[int, int]]:
-    """The same as (index, sample)."""
+def pending_samples(database: Database, held: Claim) -> list[tuple[int, int]]:
+    """The samples of a claimed chunk that are still to run, as (index, sample)."""
     return [
-        (request.index, sample) for request in pending(database, held) for sample in request.samples
+        (request.index, sample)
+        for request in pending_requests(database, held)
+        for sample in request.samples
     ]
 
 
-def result_row(index: int, sample: int = 0, *, code: str | None = None) -> dict[str, Any]:
+def result_row(index: int, sample: int = 0, *, code: RowErrorCode | None = None) -> dict[str, Any]:
     """A result: 3 prompt tokens and 5 new ones, or a failure."""
     return {
         "index": index,
@@ -164,13 +169,13 @@ def save(
     held: Claim,
     *,
     only: Collection[int] | None = None,
-    failing: Mapping[int, str] | None = None,
+    failing: Mapping[int, RowErrorCode] | None = None,
     end: str | None = "done",
 ) -> SaveOutcome:
-    """Saves what the chunk owes (of the indices `only`), those in `failing` with their code."""
+    """Saves the chunk's pending samples (of the indices `only`); those in `failing` fail."""
     rows = [
         result_row(index, sample, code=(failing or {}).get(index))
-        for index, sample in owed(database, held)
+        for index, sample in pending_samples(database, held)
         if only is None or index in only
     ]
     with database.write() as connection:
@@ -182,7 +187,7 @@ def work_off(
     worker_id: str,
     *,
     only_job: str | None = None,
-    failing: Mapping[int, str] | None = None,
+    failing: Mapping[int, RowErrorCode] | None = None,
 ) -> list[Claim]:
     """Claims and finishes chunks until there are none."""
     done = []
@@ -208,8 +213,8 @@ POISON_DEATHS = 3
 
 def reap(database: Database) -> list[str]:
     with database.write() as connection:
-        suspects = leases.suspects(connection)
-        return leases.reap(connection, suspects, poison_deaths=POISON_DEATHS)
+        expired = leases.workers_to_reap(connection)
+        return leases.reap(connection, expired, poison_deaths=POISON_DEATHS)
 
 
 def die(database: Database, worker_id: str) -> None:
@@ -224,7 +229,7 @@ def job(database: Database, job_id: str) -> Row[Any]:
 
 
 def job_chunks(database: Database, job_id: str) -> list[Row[Any]]:
-    """Its chunks by pass and place; a row's `count` is `size`."""
+    """Its chunks by pass and position; a row's `count` is `size`."""
     with database.read() as connection:
         query = (
             select(Chunk, Chunk.count.label("size"))
@@ -254,9 +259,9 @@ def check_sums(database: Database, job_id: str) -> dict[str, int]:
         ).one()
         total = connection.execute(select(Job.total_samples).where(Job.id == job_id)).scalar_one()
     sums = {name: int(row._mapping[name]) for name in names}
-    assert sums["samples"] == total, f"chunks owe {sums['samples']}, the job {total}"
+    assert sums["samples"] == total, f"the chunks have {sums['samples']} samples, the job {total}"
     stored = job_results(database, job_id)
-    good = [place for place, code in stored.items() if code == "ok"]
+    good = [sample for sample, code in stored.items() if code == "ok"]
     assert sums["done"] == len(good)
     assert sums["prompt_tokens"] == 3 * sum(sample == 0 for _, sample in good)
     assert sums["completion_tokens"] == 5 * len(good)

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 OURS = (
-    *("card", "engine", "levels", "machine", "report", "runner", "shapes", "tether", "workloads"),
+    *("card", "engine", "levels", "processes", "report", "runner", "shapes", "tether", "workloads"),
     "drive_ceiling",
 )
 PROGRAM = """
@@ -286,7 +286,7 @@ def test_an_engine_gets_no_longer_than_the_fastest_allows(
         seconds = {"drive_nightherd": 4.0, "drive_transformers": 50.0}.get(name, 1.0)
         return SimpleNamespace(code=0, seconds=seconds, others=0.0)
 
-    monkeypatch.setattr(runner.machine, "run", run)
+    monkeypatch.setattr(runner.processes, "run", run)
     monkeypatch.setattr(runner, "as_text", lambda requests, folder: requests)
     monkeypatch.setattr(sys, "argv", ["engine.py", "--force", "--cache", str(tmp_path)])
     given = importlib.import_module("engine").arguments()
@@ -429,13 +429,13 @@ def test_the_ceiling_is_that_of_the_best_number_type(
 ) -> None:
     import torch
 
-    from worker import bench
+    from worker import speed
 
     def matrix_rate(matrices: Any, of: Any, device: Any, seconds: float) -> float:
         assert list(matrices) == [(8, 16)]
         return rates[str(of).removeprefix("torch.")]
 
-    monkeypatch.setattr(bench, "matrix_rate", matrix_rate)
+    monkeypatch.setattr(speed, "matrix_rate", matrix_rate)
     driver = importlib.import_module("drive_ceiling")
     result = tmp_path / "result.json"
     task = {"dtype": dtype, "device": "cpu", "threads": torch.get_num_threads()}
@@ -460,11 +460,11 @@ def test_the_table_says_what_the_ceiling_is(tmp_path: Path) -> None:
 
 
 def test_a_tether_tells_how_its_command_ended(tmp_path: Path) -> None:
-    machine = importlib.import_module("machine")
+    processes = importlib.import_module("processes")
 
     def code(program: str) -> int | None:
         command = [sys.executable, "-c", program]
-        ended = machine.run(command, os.environ, tmp_path / "log", 30)
+        ended = processes.run(command, os.environ, tmp_path / "log", 30)
         return ended.code  # type: ignore[no-any-return]
 
     assert code("") == 0
@@ -475,23 +475,23 @@ def test_a_tether_tells_how_its_command_ended(tmp_path: Path) -> None:
 
 
 def test_what_a_driver_leaves_behind_ends_too(tmp_path: Path) -> None:
-    machine = importlib.import_module("machine")
+    processes = importlib.import_module("processes")
     program = (
         "import subprocess, sys\n"
         "sleep = [sys.executable, '-c', 'import time; time.sleep(300)']\n"
         "print(subprocess.Popen(sleep, start_new_session=True).pid)"
     )
     log = tmp_path / "log"
-    ended = machine.run([sys.executable, "-c", program], os.environ, log, 30)
+    ended = processes.run([sys.executable, "-c", program], os.environ, log, 30)
     assert ended.code == 0
     assert running([int(log.read_text())]) == []
 
 
 def test_even_a_killed_tether_leaves_no_driver(tmp_path: Path) -> None:
-    machine = importlib.import_module("machine")
+    processes = importlib.import_module("processes")
     program = (
         "import os, time\nprint(os.getpid(), flush=True)\nos.kill(os.getppid(), 9)\ntime.sleep(300)"
     )
     log = tmp_path / "log"
-    assert machine.run([sys.executable, "-c", program], os.environ, log, 30).code == -9
+    assert processes.run([sys.executable, "-c", program], os.environ, log, 30).code == -9
     until(lambda: not running([int(log.read_text())]), 5)

@@ -1,7 +1,7 @@
 """docker-compose.yml and the Dockerfile, as far as can be shown without Docker: very far.
 
-The last test runs every service by hand, in order: the commands, variables and health checks of the
-file, verbatim, as another user, in a network of its own where the services' names are known.
+The last test runs every service without Docker, in order: the commands, variables and health checks
+of the file, verbatim, as another user, in a network of its own where the services' names are known.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import pytest
 from nightherd.cli import cli
 from nightherd.settings import PREFIX, Settings
 from tests import compose
-from tests.by_hand import OURS, Machine, image_of, postgres_programs
 from tests.compose import PASSWORDS, ROOT, seconds
+from tests.compose_services import OURS, Machine, image_of, postgres_programs
 from tests.sandbox import sandbox
 
 ONE_SHOT = ("migrate", "cli")
@@ -151,8 +151,8 @@ def test_volumes_are_declared_and_what_must_last_is_in_one(
     assert {volume for found in mounts.values() for volume in found} == set(stack["volumes"])
     # From version 18 on the image keeps its data in a folder of /var/lib/postgresql.
     new = int(re.findall(r"\d+", services["postgres"]["image"])[0]) >= 18
-    place = "/var/lib/postgresql" if new else "/var/lib/postgresql/data"
-    assert mounts["postgres"] == {"postgres": place}
+    mount = "/var/lib/postgresql" if new else "/var/lib/postgresql/data"
+    assert mounts["postgres"] == {"postgres": mount}
     assert mounts["redis"] == {"redis": "/data"}
     home = compose.image_environment()["NIGHTHERD_HOME"]
     for name in ("migrate", "worker", "worker-cpu", "beat", "cli"):
@@ -283,7 +283,7 @@ def test_the_image_gets_a_whole_package(tmp_path: Path) -> None:
     assert any(name.endswith("demo/model.safetensors") for name in names)
 
 
-# All of it, by hand.
+# All of it, without Docker.
 
 
 @pytest.fixture
@@ -297,18 +297,18 @@ def machine(services: dict[str, dict[str, Any]]) -> Iterator[Machine]:
 
 
 @pytest.mark.timeout(400)
-def test_every_service_by_hand(machine: Machine) -> None:
+def test_every_service_without_docker(machine: Machine) -> None:
     # Up, in the order of `depends_on`.
     for name in ("postgres", "redis"):
         machine.start(name)
         machine.wait_until_healthy(name)
     assert machine.check("redis", REDISCLI_AUTH="wrong") != 0
-    refused = machine.once("beat", "doctor", "--only", "database")
+    refused = machine.run_once("beat", "doctor", "--only", "database")
     assert "nightherd db upgrade" in refused.stdout
     assert machine.check("beat") == 1
-    migrated = machine.once("migrate")
+    migrated = machine.run_once("migrate")
     assert migrated.returncode == 0, migrated.stderr
-    assert machine.once("migrate").returncode == 0, "it runs at each `up`"
+    assert machine.run_once("migrate").returncode == 0, "it runs at each `up`"
     machine.start("worker-cpu")
     assert machine.check("worker-cpu") == 1
     machine.start("beat")
@@ -319,7 +319,7 @@ def test_every_service_by_hand(machine: Machine) -> None:
     assert not [line for line in lines if any(secret in line for secret in PASSWORDS.values())]
 
     # The broker is as it should be, and so is all the rest.
-    doctor = machine.once("cli", "doctor", "--json")
+    doctor = machine.run_once("cli", "doctor", "--json")
     answer = json.loads(doctor.stdout)
     assert doctor.returncode == 0, doctor.stdout
     facts = next(found for found in answer["findings"] if found["check"] == "broker")["facts"]
@@ -327,11 +327,11 @@ def test_every_service_by_hand(machine: Machine) -> None:
     assert not [found for found in answer["findings"] if found["check"] == "broker"][1:]
 
     # A job, from standard input to standard output.
-    job = machine.once("cli", "submit", "-", "--max-tokens", "8", input="One.\nTwo.\nThree.\n")
+    job = machine.run_once("cli", "submit", "-", "--max-tokens", "8", input="One.\nTwo.\nThree.\n")
     assert job.returncode == 0, job.stderr
-    ended = machine.once("cli", "status", job.stdout.strip(), "--wait")
+    ended = machine.run_once("cli", "status", job.stdout.strip(), "--wait")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    results = machine.once("cli", "results", job.stdout.strip()).stdout.splitlines()
+    results = machine.run_once("cli", "results", job.stdout.strip()).stdout.splitlines()
     assert [json.loads(line)["index"] for line in results] == [0, 1, 2]
 
     # Redis keeps its data, and comes back by itself for those who wait.

@@ -9,17 +9,27 @@ import shlex
 import subprocess
 import sys
 import time
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
 
-from nightherd.cli import COMMANDS, Entry, cli, load_command
+from models.job import CHUNK_STATES, JOB_STATES
+from models.schedule import FIRING_STATES
+from models.webhook import WEBHOOK_STATES
+from nightherd.cli import COMMANDS, CommandEntry, cli, load_command
+from nightherd.errors import RowErrorCode
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = Path(sys.executable).parent / "nightherd"
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 HEAVY = ("torch", "transformers")
 
 ENTRIES = {name: entry for section in COMMANDS.values() for name, entry in section.items()}
@@ -139,7 +149,7 @@ def test_every_option_is_described(path: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(("name", "entry"), ENTRIES.items(), ids=ENTRIES)
-def test_short_help_agrees_with_the_command(name: str, entry: Entry) -> None:
+def test_short_help_agrees_with_the_command(name: str, entry: CommandEntry) -> None:
     command = load_command(entry)
     assert command.name == name
     assert command.help
@@ -184,13 +194,17 @@ for root in ("nightherd", "models", "migrations", "producer"):
     for found in pkgutil.walk_packages(package.__path__, f"{{root}}."):
         if found.name != "migrations.env":  # runs inside of Alembic alone: below
             importlib.import_module(found.name)
-from migrations import runner
+from migrations import schema
 from models.database import Database
-runner.upgrade(Database("sqlite:///{tmp_path / "empty.db"}"))
+schema.upgrade(Database("sqlite:///{tmp_path / "empty.db"}"))
 print(*sys.modules, sep="\\n")
 """
     modules = modules_after(program, tmp_path)
-    assert {"producer.submit", "producer.commands.results", "models.store.leases"} <= modules
+    assert {
+        "producer.jobs.create",
+        "producer.commands.results.results",
+        "models.store.leases",
+    } <= modules
     assert not modules & set(HEAVY)
 
 
@@ -267,6 +281,8 @@ def table_cells(page: str, heading: str) -> list[list[str]]:
 def test_modules_of_the_map_exist_and_none_is_left_out() -> None:
     named: set[Path] = set()
     for cell, _ in table_cells("architecture.md", "## Modules")[1:]:
+        if cell.startswith("**"):  # a whole package
+            continue
         folder = None
         for name in re.findall(r"`([^`]+)`", cell):
             # A name without a folder is beside the one before it.
@@ -276,20 +292,25 @@ def test_modules_of_the_map_exist_and_none_is_left_out() -> None:
             named.add(path)
     for package in ("nightherd", "models", "producer", "worker", "migrations"):
         for module in (ROOT / package).rglob("*.py"):
-            if module.name in ("__init__.py", "base.py", "reference_logits.py"):
+            if module.name in ("__init__.py", "base.py"):
                 continue
             assert named & {module, *module.parents}, f"{module.relative_to(ROOT)} is on no map"
 
 
-@pytest.mark.parametrize("table", ["### Job", "### Chunk"])
-def test_functions_of_the_state_tables_exist(table: str) -> None:
-    states = {"–", "(deleted)"}
-    job = importlib.import_module("models.job")
-    states |= {*(job.JOB_STATES if table == "### Job" else job.CHUNK_STATES)}
+@pytest.mark.parametrize(
+    ("table", "states"),
+    [
+        ("### Job", JOB_STATES),
+        ("### Chunk", CHUNK_STATES),
+        ("### Firing", FIRING_STATES),
+        ("### Webhook", WEBHOOK_STATES),
+    ],
+)
+def test_functions_of_the_state_tables_exist(table: str, states: tuple[str, ...]) -> None:
     rows = table_cells("architecture.md", table)[1:]
-    assert len(rows) > 8
+    assert len(rows) > 6
     for before, after, by, _ in rows:
-        assert {*before.split(", "), after} <= states
+        assert {*before.split(", "), *after.split(", ")} <= {"–", "(deleted)", *states}
         for name in re.findall(r"`([^`]+)`", by):
             module, _, function = name.partition(".")
             assert callable(getattr(importlib.import_module(f"models.store.{module}"), function))
@@ -309,6 +330,19 @@ def test_operations_page_has_every_setting_of_celery_and_its_transport() -> None
     options = {*conf.changes, *conf.broker_transport_options} - {"broker_transport_options"}
     assert not options - named - {"broker_url", "deprecated_settings"}
     assert not {name for name in named if name not in options and name not in conf}
+
+
+def test_operations_page_has_every_code_of_a_failed_row() -> None:
+    rows = table_cells("operations.md", "## Failed rows")[1:]
+    assert sorted(code.strip("`") for code, *_ in rows) == sorted(typing.get_args(RowErrorCode))
+
+
+def test_documents_name_no_unknown_code_of_a_failed_row() -> None:
+    """Codes are words with an underscore after `--only`, `--code` and in the README's outputs."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for code in re.findall(r"(?:--only|--code) ([a-z]+_[a-z_]+)", text):
+            assert code in typing.get_args(RowErrorCode), f"{page.name} names {code}"
 
 
 # The tour.
@@ -392,9 +426,9 @@ def play(steps: list[tuple[str, list[str]]], folder: Path, **environment: str) -
         end_group(shell.pid)
     parts = re.split(rf"^{mark} (\d+)\n", output, flags=re.MULTILINE)
     logs = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.log"))
-    for place, (command, expected) in enumerate(steps):
-        assert len(parts) > 2 * place + 1, f"the shell ended before: {command}\n{output}\n{logs}"
-        got, code = parts[2 * place].splitlines(), parts[2 * place + 1]
+    for index, (command, expected) in enumerate(steps):
+        assert len(parts) > 2 * index + 1, f"the shell ended before: {command}\n{output}\n{logs}"
+        got, code = parts[2 * index].splitlines(), parts[2 * index + 1]
         said = "\n".join(got)
         fails = any(line.startswith("nightherd: ") for line in expected)
         assert (code == "0") != fails, f"$ {command}\n{said}\nexit code {code}\n{logs}"

@@ -25,7 +25,7 @@ gpu, given, *sys.argv = sys.argv[1:]
 sys.path.insert(0, gpu)
 import child, run, stages
 given = json.loads(given)
-child.GRACE, run.ENDING, run.LEAST = given["grace"], 0.5, 1.0
+child.GRACE, run.SUMMARY_SECONDS, run.MIN_STAGE_SECONDS = given["grace"], 0.5, 1.0
 stages.plan = lambda names, memory, dry: [stages.Stage(**stage) for stage in given["stages"]]
 sys.exit(run.main())
 """
@@ -34,7 +34,7 @@ import os
 from common import Result, out_folder
 Result(out_folder() / "quick.json", {"rates": [20.0], "share_of_floor": 0.5}).save()
 """
-# A child that stays with it, an orphan in a session of its own, a result that is half there.
+# A child, an orphan in a session of its own, a partial result.
 HANGS = """
 import json, os, signal, subprocess, sys, time
 from common import Result, out_folder
@@ -48,14 +48,14 @@ print("hangs now", flush=True)
 with open(out_folder() / "pids.part", "w") as file:
     json.dump([os.getpid(), child.pid, orphan], file)
 os.rename(out_folder() / "pids.part", out_folder() / "pids")
-RUDE
+IGNORE_SIGINT
 try:
     time.sleep(300)
 finally:
     made["ended"] = True
     made.save()
 """
-RUDE = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
+IGNORE_SIGINT = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
 STOPS = """
 from types import SimpleNamespace
 from common import Stopped, result
@@ -152,22 +152,22 @@ def test_a_dry_call(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rude", "ignored"), [(False, False), (True, False), (False, True)],
-    ids=["polite", "rude", "started in the background"],
+    ("stubborn", "background"), [(False, False), (True, False), (False, True)],
+    ids=["polite", "stubborn", "started in the background"],
 )  # fmt: skip
-def test_a_stage_that_hangs_is_ended(rude: bool, ignored: bool, tmp_path: Path) -> None:
-    """It is asked first, and its half of a result is kept; then the next has its turn."""
-    hangs = HANGS.replace("RUDE", RUDE if rude else "")
+def test_a_stage_that_hangs_is_ended(stubborn: bool, background: bool, tmp_path: Path) -> None:
+    """It gets SIGINT first, and its partial result is kept; then the next stage runs."""
+    hangs = HANGS.replace("IGNORE_SIGINT", IGNORE_SIGINT if stubborn else "")
     call = Call(tmp_path, {"hangs": hangs, "quick": QUICK})
     process = call.start(
-        limit=3, grace=2 if rude else 20,
-        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
+        limit=3, grace=2 if stubborn else 20,
+        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if background else None,
     )  # fmt: skip
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 1, said
     rows = call.rows()
     assert outcomes(rows) == {"prepare": "ok", "hangs": "timed out", "quick": "ok"}
-    wanted = {"rates": [10.0]} if rude else {"rates": [10.0], "ended": True}
+    wanted = {"rates": [10.0]} if stubborn else {"rates": [10.0], "ended": True}
     assert rows["hangs"]["result"] == json.loads((call.out / "hangs.json").read_text()) == wanted
     assert 3 <= rows["hangs"]["seconds"] < 13
     assert not running(call.pids())
@@ -178,7 +178,9 @@ def test_a_stage_that_hangs_is_ended(rude: bool, ignored: bool, tmp_path: Path) 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_stage_under_way(number: signal.Signals, tmp_path: Path) -> None:
-    call = Call(tmp_path, {"quick": QUICK, "hangs": HANGS.replace("RUDE", ""), "never": QUICK})
+    call = Call(
+        tmp_path, {"quick": QUICK, "hangs": HANGS.replace("IGNORE_SIGINT", ""), "never": QUICK}
+    )
     process = call.start(grace=20)
     pids = call.pids()
     assert running(pids) == pids
@@ -200,7 +202,7 @@ def test_a_signal_ends_the_stage_under_way(number: signal.Signals, tmp_path: Pat
 
 
 def test_nothing_stays_when_the_call_is_killed(tmp_path: Path) -> None:
-    call = Call(tmp_path, {"quick": QUICK, "hangs": HANGS.replace("RUDE", RUDE)})
+    call = Call(tmp_path, {"quick": QUICK, "hangs": HANGS.replace("IGNORE_SIGINT", IGNORE_SIGINT)})
     process = call.start()
     pids = call.pids()
     process.kill()
@@ -209,18 +211,18 @@ def test_nothing_stays_when_the_call_is_killed(tmp_path: Path) -> None:
     assert outcomes(call.rows()) == {"prepare": "ok", "quick": "ok"}
 
 
-@pytest.mark.parametrize("going", [False, True])
-def test_nothing_is_measured_of_an_engine_that_is_wrong(going: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep_going", [False, True])
+def test_nothing_is_measured_of_an_engine_that_is_wrong(keep_going: bool, tmp_path: Path) -> None:
     call = Call(tmp_path, {"stops": STOPS, "quick": QUICK}, stops=True)
-    process = call.start(*(["--keep-going"] if going else []))
+    process = call.start(*(["--keep-going"] if keep_going else []))
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 3, said
     rows = call.rows()
     assert rows["stops"]["outcome"] == "stopped"
     assert rows["stops"]["why"] == "the engine is 'torch', not 'cuda'"
     assert "STOP: the engine is 'torch', not 'cuda'\n" in said
-    assert rows["quick"]["outcome"] == ("ok" if going else "skipped")
-    assert going or rows["quick"]["why"] == "stops stopped"
+    assert rows["quick"]["outcome"] == ("ok" if keep_going else "skipped")
+    assert keep_going or rows["quick"]["why"] == "stops stopped"
 
 
 def test_a_stage_that_fails_without_a_result(tmp_path: Path) -> None:
@@ -235,7 +237,7 @@ def test_a_stage_that_fails_without_a_result(tmp_path: Path) -> None:
 
 def test_all_stages_together_keep_to_the_limit(tmp_path: Path) -> None:
     """The last one that there is time for has less of it, and its grace is within."""
-    call = Call(tmp_path, {"hangs": HANGS.replace("RUDE", RUDE), "quick": QUICK})
+    call = Call(tmp_path, {"hangs": HANGS.replace("IGNORE_SIGINT", IGNORE_SIGINT), "quick": QUICK})
     process = call.start("--limit", "7", grace=2)
     said, _ = process.communicate(timeout=60)
     assert json.loads((call.out / "summary.json").read_text())["seconds"] < 8.5
@@ -245,11 +247,11 @@ def test_all_stages_together_keep_to_the_limit(tmp_path: Path) -> None:
     assert re.fullmatch(r"only \d s are left", rows["quick"]["why"])
 
 
-def test_what_a_card_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stages_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes by its memory, all within the limit of a call, all scripts there."""
     stages = _module("stages", monkeypatch)
     run = _module("run", monkeypatch)
-    small, large = (stages.plan([*stages.FIRST], gib << 30, False) for gib in (80, 140))
+    small, large = (stages.plan([*stages.FIRST_CALL], gib << 30, False) for gib in (80, 140))
     for plan, sequences, batch in ((small, 576, 512), (large, 1024, 1024)):
         given = {stage.name: stage.arguments for stage in plan}
         assert [*given] == ["smoke", "figure", "decode", "tests"]
@@ -287,11 +289,11 @@ def test_wheels_are_those_that_are_listed(
     for name in names:
         (tmp_path / name).write_bytes(bytes(1 << 18))
     wheels = sorted(tmp_path.iterdir())
-    assert prepare.problem(wheels, WHEELS, 1 << 20) == why
+    assert prepare.wheel_problem(wheels, WHEELS, 1 << 20) == why
     heavy = "0.5 MiB, more than 0 MiB"
     if names == THERE:
-        assert prepare.problem(wheels, WHEELS, 1 << 18) == heavy
-        assert prepare.checked(tmp_path, WHEELS) == wheels
+        assert prepare.wheel_problem(wheels, WHEELS, 1 << 18) == heavy
+        assert prepare.checked_wheels(tmp_path, WHEELS) == wheels
 
 
 def test_wrong_wheels_stop_all(tmp_path: Path) -> None:
@@ -347,15 +349,15 @@ def test_other(): pass
 """
 
 
-def test_a_tally_of_the_kernels_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_of_the_kernels_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test is of one kind; what failed is told, and what was under way when all ended."""
     kernel_tests = _module("kernel_tests", monkeypatch)
     (tmp_path / "test_it.py").write_text(TESTS)
     given = importlib.import_module("types").SimpleNamespace(workers=1, dry=False)
     found = {}
     for kind in ("bf16", "rest"):
-        tally = tmp_path / f"{kind}.json"
-        command = kernel_tests.command(given, kind, tally)
+        progress = tmp_path / f"{kind}.json"
+        command = kernel_tests.command(given, kind, progress)
         command = [part for part in command if not part.endswith(".py")]
         made = subprocess.run(
             [*command, f"--rootdir={tmp_path}", str(tmp_path / "test_it.py")],
@@ -365,7 +367,7 @@ def test_a_tally_of_the_kernels_tests(tmp_path: Path, monkeypatch: pytest.Monkey
             check=False,
         )
         assert made.returncode == (kind == "bf16"), made.stdout + made.stderr
-        found[kind] = json.loads(tally.read_text())
+        found[kind] = json.loads(progress.read_text())
     assert [found["bf16"][name] for name in ("passed", "failed", "running")] == [1, 1, []]
     assert [found["rest"][name] for name in ("passed", "failed", "running")] == [3, 0, []]
     (failure,) = found["bf16"]["failures"]
@@ -377,7 +379,7 @@ def test_all_kernels_tests_that_a_card_is_to_run_are_found(
 ) -> None:
     kernel_tests = _module("kernel_tests", monkeypatch)
     given = importlib.import_module("types").SimpleNamespace(workers=12, dry=True)
-    command = kernel_tests.command(given, "bf16", Path("tally"))
+    command = kernel_tests.command(given, "bf16", Path("progress"))
     files = [Path(part).name for part in command if part.endswith(".py")]
     assert {"test_kernels.py", "test_prefix.py"} <= {*files}
     fixture = _module("device_fixture", monkeypatch)

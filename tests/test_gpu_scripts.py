@@ -16,7 +16,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 GPU = BENCHMARKS / "gpu"
-KERNELS = BENCHMARKS.parent / "worker" / "engine" / "triton_kernels"
+KERNELS = BENCHMARKS.parent / "worker" / "engine" / "cuda" / "kernels"
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +127,7 @@ def test_figure_runs_dry(script: Script) -> None:
 def test_another_engine_is_not_measured(
     name: str, options: tuple[str, ...], script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from worker.engine.cuda_runner import CudaRunner
+    from worker.engine.cuda.cuda_runner import CudaRunner
 
     monkeypatch.setattr(CudaRunner, "name", "torch")
     made, _ = script.stopped(name, *options)
@@ -153,7 +153,7 @@ def test_smoke_stops_where_no_graph_is_captured(
 
 
 def test_smoke_stops_where_tokens_differ(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    from worker.engine.triton_kernels import reference
+    from worker.engine.cuda.kernels import reference
 
     silu_mul = reference.silu_mul
     monkeypatch.setattr(reference, "silu_mul", lambda gate_up: 0.5 * silu_mul(gate_up))
@@ -202,8 +202,8 @@ def test_the_floor_by_hand() -> None:
     [
         ("_attend_prefixes", "attention"),
         ("_attend_prefill", "attention"),
-        ("_join", "attention"),
-        ("_narrow", "sampling"),
+        ("_merge_splits", "attention"),
+        ("_top_k_top_p", "sampling"),
         ("_mask", "sampling"),
         ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNT", "linears"),
         ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", "linears"),
@@ -242,7 +242,7 @@ def test_every_kernel_of_ours_has_its_part() -> None:
             and isinstance(node.func.value, ast.Name)
         }
         found |= dict.fromkeys(kernels & launched, file.stem)
-    assert {"_decode", "_attend_prefixes", "_narrow", "_sample", "_rms_norm"} <= {*found}
+    assert {"_decode", "_attend_prefixes", "_top_k_top_p", "_sample", "_rms_norm"} <= {*found}
     assert {kernel: part_of(kernel) for kernel in found} == {
         kernel: modules.get(module, "rest") for kernel, module in found.items()
     }

@@ -45,7 +45,7 @@ STOPPED = 3
 
 
 class Stopped(SystemExit):
-    """What is wrong with the engine itself: no number of it would mean anything."""
+    """The engine itself is wrong: no number of it would mean anything."""
 
     def __init__(self, why: str) -> None:
         super().__init__(STOPPED)
@@ -56,7 +56,7 @@ class Stopped(SystemExit):
 
 
 class Result(dict[str, Any]):
-    """What a script finds. On disk after every piece: who is ended amid it has the pieces."""
+    """What a script finds, saved after every piece: a script that is ended has them on disk."""
 
     def __init__(self, file: Path, found: Mapping[str, Any]) -> None:
         super().__init__(found)
@@ -75,11 +75,11 @@ class Result(dict[str, Any]):
 
 
 def write(file: Path, found: Mapping[str, Any]) -> None:
-    """As JSON: the whole of it, or what was there before."""
+    """Replaces a file by JSON: whole, or it stays what it was."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_name(f".{file.name}.{os.getpid()}")
-    fresh.write_text(json.dumps(found))
-    fresh.replace(file)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(found))
+    temporary.replace(file)
 
 
 def out_folder() -> Path:
@@ -108,10 +108,10 @@ def options(describe: str | None, dry: dict[str, Any], **defaults: Any) -> argpa
 def kernels_of(device: str) -> Any:
     """The Triton kernels, or on a CPU their references."""
     if device == "cpu":
-        from worker.engine.triton_kernels import reference
+        from worker.engine.cuda.kernels import reference
 
         return reference
-    from worker.engine.cuda_kernels import fused_kernels
+    from worker.engine.cuda.kernel_selection import fused_kernels
 
     return fused_kernels()
 
@@ -122,14 +122,14 @@ def capture_of(device: str) -> Any:
 
     if device == "cpu":
         return lambda step: step
-    from worker.engine.cuda_graphs import cuda_capture
+    from worker.engine.cuda.graphs import cuda_capture
 
     return cuda_capture(torch.device(device))
 
 
 def make_runner(model: Any, *, sequences: int, rows: int, context: int) -> Any:
     """A `CudaRunner` without a KV cache."""
-    from worker.engine.cuda_runner import CudaRunner
+    from worker.engine.cuda.cuda_runner import CudaRunner
 
     device = model.device.type
     return CudaRunner(
@@ -150,24 +150,24 @@ def make_engine(model: Any, *, sequences: int, budget: int, context: int, **more
     else:
         engine = _card_engine(model, sequences, budget, context, more)
     say(f"engine: {engine.name}")
-    demand_cuda(engine.name)
+    require_cuda(engine.name)
     return engine
 
 
-def demand_cuda(name: str) -> None:
+def require_cuda(name: str) -> None:
     if name != "cuda":
         raise Stopped(f"the engine is '{name}', not 'cuda': the warnings say why")
 
 
 def facts(engine: Any) -> dict[str, Any]:
-    """What every figure rests on; asked before the engine is stopped, which frees its graphs."""
+    """An engine's state, which each result tells; read before it stops, which frees its graphs."""
     runner = engine._runner
     return {
         "engine": engine.name,
         "num_blocks": runner.num_blocks,
         "preemptions": engine.scheduler.preemptions,
         "graphs": len(runner._graphs),
-        "lacks": sorted(runner._kernels.lacks),
+        "lacks": sorted(runner._kernels.missing),
     }
 
 
@@ -197,7 +197,7 @@ def _dry_engine(model: Any, sequences: int, budget: int, context: int) -> Any:
     runner = make_runner(model, sequences=sequences, rows=budget, context=context)
     runner.make_cache(sequences * -(-context // runner.block_size))
     manager = BlockManager(runner.num_blocks, runner.block_size)
-    scheduler = Scheduler(manager, max_sequences=sequences, budget=budget, apart=True)
+    scheduler = Scheduler(manager, max_sequences=sequences, budget=budget, separate_prefill=True)
     return BatchEngine(runner, scheduler, context)
 
 
@@ -208,7 +208,7 @@ def run_requests(engine: Any, requests: list[dict[str, Any]], **params: Any) -> 
 
     sampling = SamplingParams(**{"temperature": 0.0, **params})
     started = time.monotonic()
-    generations = [
+    handles = [
         engine.add(
             EngineRequest(
                 prompt_token_ids=tuple(request["prompt"]),
@@ -219,8 +219,8 @@ def run_requests(engine: Any, requests: list[dict[str, Any]], **params: Any) -> 
         )
         for request in requests
     ]
-    for generation in generations:
-        for future in generation.futures:
+    for handle in handles:
+        for future in handle.futures:
             output = future.result()
             if output.finish_reason != "length":
                 raise SystemExit(f"{output.finish_reason}: {output.error_message}")
@@ -239,11 +239,11 @@ def tokens_of(engine: Any, texts: list[list[int]], out: int) -> list[list[int]]:
     from nightherd.params import SamplingParams
     from worker.engine.interface import EngineRequest
 
-    generations = [
+    handles = [
         engine.add(EngineRequest(tuple(text), SamplingParams(temperature=0.0), (0,), out))
         for text in texts
     ]
-    outputs = [generation.futures[0].result() for generation in generations]
+    outputs = [handle.futures[0].result() for handle in handles]
     for output in outputs:
         if output.finish_reason != "length":
             raise SystemExit(f"{output.finish_reason}: {output.error_message}")
@@ -251,7 +251,7 @@ def tokens_of(engine: Any, texts: list[list[int]], out: int) -> list[list[int]]:
 
 
 def transformers_tokens(model: Any, texts: list[list[int]], out: int) -> list[list[int]]:
-    """Those of transformers' own `generate`, text by text."""
+    """The greedy tokens of transformers' own `generate`, text by text."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -266,7 +266,7 @@ def transformers_tokens(model: Any, texts: list[list[int]], out: int) -> list[li
 
 
 def equal_share(ours: list[list[int]], theirs: list[list[int]]) -> float:
-    """Of the tokens of all texts."""
+    """The share of equal tokens, of all texts."""
     pairs = [pair for rows in zip(ours, theirs, strict=True) for pair in zip(*rows, strict=True)]
     return sum(one == other for one, other in pairs) / len(pairs)
 
@@ -281,8 +281,8 @@ class _Warnings(logging.Handler):
 
 
 @contextmanager
-def _heard(warnings: list[str]) -> Iterator[None]:
-    """What the engine logs is shown, from INFO on; its warnings are kept too."""
+def _engine_logs(warnings: list[str]) -> Iterator[None]:
+    """Prints what the engine logs, from INFO on, and adds its warnings to `warnings`."""
     logger, shown = logging.getLogger("nightherd.engine"), logging.StreamHandler(sys.stdout)
     shown.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     before = logger.level
@@ -300,7 +300,7 @@ def _heard(warnings: list[str]) -> Iterator[None]:
 
 @contextmanager
 def result(name: str, given: argparse.Namespace) -> Iterator[Result]:
-    """A dict to fill and to save; at the end, also after a failure, it is saved and printed as the
+    """A dict to fill and to save. At the end, also after a failure, it is saved and printed as the
     last line."""
     import torch
 
@@ -311,7 +311,7 @@ def result(name: str, given: argparse.Namespace) -> Iterator[Result]:
             "script": name,
             "options": vars(given),
             "torch": torch.__version__,
-            # Imported, it would take seconds of those who do not need it.
+            # Importing it takes seconds, and not all scripts need it.
             "transformers": version("transformers"),
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "warnings": [],
@@ -320,7 +320,7 @@ def result(name: str, given: argparse.Namespace) -> Iterator[Result]:
     if torch.cuda.is_available():
         made |= {"card": torch.cuda.get_device_name(), "triton": version("triton")}
     try:
-        with _heard(made["warnings"]):
+        with _engine_logs(made["warnings"]):
             yield made
     except BaseException as error:
         made["failed"] = f"{type(error).__name__}: {error}"

@@ -24,12 +24,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from worker.engine.triton_kernels import attention, layers, prefill, sampling
-from worker.engine.triton_kernels.reference import Prefixes, Splits, splits_of, tiles_of
+from worker.engine.cuda.kernels import attention, layers, prefill, sampling
+from worker.engine.cuda.kernels.reference import Prefixes, Splits, splits_of, tiles_of
 
 
 class _Card:
-    """A driver that knows its card by name only."""
+    """A driver without a card: it only names the target."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.get_current_target = lambda: target
@@ -38,7 +38,7 @@ class _Card:
 
 
 class Kernel(NamedTuple):
-    """What is to be known of a compiled kernel."""
+    """Facts of a compiled kernel."""
 
     name: str
     registers: int
@@ -109,7 +109,7 @@ def facts(name: str, kernel: Any) -> Kernel:
     )
 
 
-def works(few: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+def launches(few: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """Launches by name: all of them, or those of the commonest configuration."""
     kinds = [torch.bfloat16] if few else [torch.bfloat16, torch.float32]
     shapes = (
@@ -170,7 +170,7 @@ def _decode(
 
 
 def _prefix(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
-    """Rows whose beginnings are read together, then each one's own."""
+    """Rows with a common prefix, then each one's own blocks."""
     rows = 16
     qkv = torch.zeros(rows, (heads + 2 * kv_heads) * dim, dtype=dtype)
     attention.decode_attention(
@@ -256,12 +256,12 @@ def main() -> int:
     parser.add_argument("--few", action="store_true", help="the commonest configuration only")
     parser.add_argument("--keep", metavar="FOLDER", help="for TTGIR and PTX")
     given = parser.parse_args()
-    # Not among the answers: another version of Triton compiles other kernels of the same sources.
+    # Not part of the output: another version of Triton compiles other kernels of the same sources.
     print(f"triton {triton.__version__}", file=sys.stderr, flush=True)
     wrong = 0
     for capability in map(int, given.capability.split(",")):
         seen = compile_only(GPUTarget("cuda", capability, 32))
-        for name, work in works(given.few):
+        for name, work in launches(given.few):
             seen.clear()
             try:
                 work()

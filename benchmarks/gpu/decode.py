@@ -1,4 +1,4 @@
-"""Whole decode steps: right tokens first, then graphs against eager steps, and their time."""
+"""Whole decode steps: whether tokens are right, then the time of steps by graph and eagerly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from common import (
     Result,
     breakdown,
     capture_of,
-    demand_cuda,
     equal_share,
     limits,
     make_engine,
@@ -19,6 +18,7 @@ from common import (
     profiled,
     prompts,
     random_model,
+    require_cuda,
     result,
     say,
     synchronize,
@@ -37,7 +37,7 @@ def main() -> None:
             made["bf16_error"] = bfloat16_errors(given)
         made |= limits()
         made.save()
-        steps(given, made)
+        measure_steps(given, made)
 
 
 def float32_tokens(given: Any) -> float:
@@ -71,9 +71,9 @@ def bfloat16_errors(given: Any) -> dict[str, float]:
     import torch
 
     from nightherd.params import SamplingParams
-    from worker.engine.cuda_graphs import GraphCache
+    from worker.engine.cuda.graphs import GraphCache
     from worker.engine.interface import EngineRequest
-    from worker.engine.scheduler import Plan, Span
+    from worker.engine.scheduler import Span, StepPlan
     from worker.engine.sequence import Sequence
 
     device, end = given.device, 304 if given.dry else 500
@@ -88,7 +88,7 @@ def bfloat16_errors(given: Any) -> dict[str, float]:
         model = sharp("bfloat16")
         theirs = model(ids).logits[0].float()
     runner = make_runner(model, sequences=4, rows=512, context=1024)
-    # A graph would not call what watches.
+    # A graph would not call `watched`.
     runner._graphs = GraphCache(None)
     runner.make_cache(20)
     seen: list[Any] = []
@@ -105,10 +105,10 @@ def bfloat16_errors(given: Any) -> dict[str, float]:
     whole = sequence.token_ids
     for start, stop in ((0, 100), (100, 300), *((p, p + 1) for p in range(300, end))):
         sequence.token_ids = whole[:stop]
-        runner.execute(Plan([Span(sequence, start, stop - start)]))
-    places = [99, 299, *range(300, end)]
+        runner.execute(StepPlan([Span(sequence, start, stop - start)]))
+    positions = [99, 299, *range(300, end)]
     ours = torch.cat(seen)
-    own, other = (ours - exact[places]).abs(), (theirs - exact)[places].abs()
+    own, other = (ours - exact[positions]).abs(), (theirs - exact)[positions].abs()
     made = {
         "max_ratio": float(own.max() / other.max()),
         "mean_ratio": float(own.mean() / other.mean()),
@@ -118,22 +118,22 @@ def bfloat16_errors(given: Any) -> dict[str, float]:
     return made
 
 
-def steps(given: Any, made: Result) -> None:
+def measure_steps(given: Any, made: Result) -> None:
     """Milliseconds of a decode step with every sequence at one length: graph, eager, least."""
     import torch
 
-    from worker.engine.cuda_graphs import GraphCache
+    from worker.engine.cuda.graphs import GraphCache
 
     batches = [int(batch) for batch in given.batches.split(",")]
     model = random_model(given.shape, "bfloat16", given.device, given.context)
     runner = make_runner(model, sequences=max(batches), rows=given.budget, context=given.context)
     made["engine"] = runner.name
-    demand_cuda(runner.name)
+    require_cuda(runner.name)
     shape, pages = SHAPES[given.shape], -(-given.length // runner.block_size)
     per_token = shape.kv_bytes_per_token(2)
     blocks = max(batches) * pages
     if given.device == "cuda":
-        # What fused weights have left behind is the allocator's until it is told.
+        # Memory that fusing the weights has freed is still the allocator's.
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0] - (12 << 30)
         blocks = min(blocks, free // (runner.block_size * per_token))
@@ -144,7 +144,7 @@ def steps(given: Any, made: Result) -> None:
         if batch * pages > blocks:
             say(f"batch {batch}: its KV cache does not fit")
             continue
-        plan = decoding(runner, batch, given.length)
+        plan = decoding_plan(runner, batch, given.length)
         count = 2 if given.dry else 20
         times = {"graph": step_milliseconds(runner, plan, count)}
         captured = len(runner._graphs) > 0
@@ -164,24 +164,24 @@ def steps(given: Any, made: Result) -> None:
         piece = {"batch": batch, **times, "least": least, "captured": captured}
         made["steps"].append(piece)
         made.save()
-        piece["where"] = where(runner, plan)
+        piece["where"] = profile_step(runner, plan)
         made.save()
 
 
-def decoding(runner: Any, batch: int, length: int) -> Any:
+def decoding_plan(runner: Any, batch: int, length: int) -> Any:
     """A plan of so many sequences, each at its last position."""
-    from worker.engine.scheduler import Plan, Span
+    from worker.engine.scheduler import Span, StepPlan
 
     pages, spans = -(-length // runner.block_size), []
     for row in range(batch):
-        sequence = runner._nobody(length)
+        sequence = runner._dummy_sequence(length)
         sequence.block_ids = list(range(row * pages, (row + 1) * pages))
         spans.append(Span(sequence, length - 1, 1))
-    return Plan(spans)
+    return StepPlan(spans)
 
 
 def step_milliseconds(runner: Any, plan: Any, count: int) -> float:
-    """Of a step, with the CPU one step behind as in the engine."""
+    """The time of a step, with the CPU one step behind as in the engine."""
     for _ in range(5):
         runner.execute(plan)
     synchronize()
@@ -195,7 +195,7 @@ def step_milliseconds(runner: Any, plan: Any, count: int) -> float:
     return (time.monotonic() - started) / count * 1e3
 
 
-def where(runner: Any, plan: Any) -> dict[str, Any]:
+def profile_step(runner: Any, plan: Any) -> dict[str, Any]:
     """Where the time of an eager step goes."""
     with profiled() as seen:
         runner.execute(plan)

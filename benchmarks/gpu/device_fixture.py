@@ -1,7 +1,8 @@
-"""A plugin for the kernels' tests without the house's conftest.py, whose needs are not there.
+"""A pytest plugin for the kernels' tests on a card, in place of the conftest.py files: what these
+import is not there.
 
-Gives what they need, picks some of them, and keeps a tally on disk while they run: of tests that
-are ended in the middle it says what was under way.
+It has the fixture that the tests need, selects some tests, and keeps their counts in a file while
+they run: of tests that are ended in the middle the file says which were running.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ FEW = (
     "test_grammar_mask",
     "test_common_blocks_are_read_from_their_leader_only",
 )
-"""Enough to try the running of tests itself: each once."""
-_MOST_TOLD = 20
+"""Tests that `--few` runs, each once: enough to try the stage itself."""
+_MAX_LISTED = 20
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kind", choices=("bf16", "rest"), help="tests of bfloat16, or all others")
     parser.addoption("--few", action="store_true", help="a handful")
-    parser.addoption("--tally", help="a file for what has passed and failed until now")
+    parser.addoption("--progress-file", help="a file for the counts of outcomes until now")
 
 
 @pytest.fixture
@@ -35,9 +36,9 @@ def device() -> torch.device:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Workers report to the one process that started them.
-    if config.getoption("--tally") and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Tally(Path(config.getoption("--tally"))))
+    # The workers of xdist report to the process that started them, which writes the file.
+    if config.getoption("--progress-file") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(ProgressFile(Path(config.getoption("--progress-file"))))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -56,7 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if wanted(item)]
 
 
-class Tally:
+class ProgressFile:
     """Counts of outcomes, the first failures, and the tests that have started and not ended."""
 
     def __init__(self, file: Path) -> None:
@@ -71,7 +72,7 @@ class Tally:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
             self._counts[report.outcome] += 1
-        if report.failed and len(self._failures) < _MOST_TOLD:
+        if report.failed and len(self._failures) < _MAX_LISTED:
             self._failures.append(f"{_short(report.nodeid)}: {_reason(report)}")
         if report.when == "teardown" and report.nodeid in self._running:
             self._running.remove(report.nodeid)
@@ -81,7 +82,7 @@ class Tally:
         self._save()
 
     def _save(self) -> None:
-        running = [_short(name) for name in self._running[:_MOST_TOLD]]
+        running = [_short(name) for name in self._running[:_MAX_LISTED]]
         write(self._file, {**self._counts, "failures": self._failures, "running": running})
 
 

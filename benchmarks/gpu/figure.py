@@ -1,4 +1,4 @@
-"""The engine at work: 512 prompt and 256 output tokens, or prompts with many samples each."""
+"""The engine's throughput: 512 prompt and 256 output tokens, or prompts with many samples each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from common import (
     say,
 )
 
-from worker.engine import cuda_groups
+from worker.engine.cuda import groups
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     )  # fmt: skip
     name = f"figure-{given.shape}-{given.requests}x{given.samples}-{given.prompt}-{given.out}"
     if not given.groups:
-        cuda_groups.LEAST_ROWS = 1 << 30
+        groups.MIN_GROUP_ROWS = 1 << 30
         name += "-ungrouped"
     with result(name, given) as made:
         made |= limits()
@@ -51,16 +51,16 @@ def main() -> None:
 
 
 def measure(given: Any, engine: Any, vocab: int, made: Result) -> None:
-    """Warms up, then round after round, then some more that are watched."""
-    # Twice and more through all sizes of a batch, so that their graphs are there; some prompts
-    # as long as the real ones, so that they are those of as many splits.
+    """Warms up, measures round after round, then profiles some more requests."""
+    # All sizes of a batch come more than twice, so that their graphs are captured; some prompts
+    # are as long as those that are measured, so that their steps have as many splits.
     long, short = (
         prompts(3 * given.sequences, length, vocab, seed=2) for length in (given.prompt, 20)
     )
     warm = [
-        {"prompt": (short if place % 8 else long)[place],
-         "out": 8 + place * 64 // given.sequences}
-        for place in range(3 * given.sequences)
+        {"prompt": (short if index % 8 else long)[index],
+         "out": 8 + index * 64 // given.sequences}
+        for index in range(3 * given.sequences)
     ]  # fmt: skip
     made["warm_seconds"] = run_requests(engine, warm)
     made |= facts(engine)
@@ -71,13 +71,13 @@ def measure(given: Any, engine: Any, vocab: int, made: Result) -> None:
     made["rates"] = []
     tokens = given.requests * given.samples * given.out
     for number in range(given.rounds):
-        requests = fresh(given, vocab, number)
+        requests = fresh_requests(given, vocab, number)
         steps = engine.stats().steps
         took = run_requests(engine, requests, temperature=given.temperature, top_p=given.top_p)
         made["rates"].append(tokens / took)
         made |= facts(engine)
         made["preemptions"] -= made["warm_preemptions"]
-        made["floor"] = tokens / least(given, requests, made)
+        made["floor"] = tokens / floor_seconds(given, requests, made)
         made["share_of_floor"] = max(made["rates"]) / made["floor"]
         made.save()
         say(f"round {number}: {tokens / took:,.0f} tokens/s, "
@@ -85,23 +85,23 @@ def measure(given: Any, engine: Any, vocab: int, made: Result) -> None:
             f"{made['preemptions']} preempted, "
             f"{made['share_of_floor']:.0%} of the floor of {made['floor']:,.0f}")  # fmt: skip
     if given.profile:
-        requests = fresh(given, vocab, given.rounds)[: given.profile]
+        requests = fresh_requests(given, vocab, given.rounds)[: given.profile]
         with profiled() as seen:
             run_requests(engine, requests, temperature=given.temperature)
         made["profile"] = seen
         say(breakdown(seen))
 
 
-def fresh(given: Any, vocab: int, number: int) -> list[dict[str, Any]]:
-    """What another round left in the cache is none of this one's."""
+def fresh_requests(given: Any, vocab: int, number: int) -> list[dict[str, Any]]:
+    """Requests whose prompts no other round has put into the prefix cache."""
     return [
         {"prompt": prompt, "out": given.out, "samples": given.samples}
         for prompt in prompts(given.requests, given.prompt, vocab, seed=10 + number)
     ]
 
 
-def least(given: Any, requests: list[dict[str, Any]], rates: dict[str, Any]) -> float:
-    """Seconds of the floor; a prompt with many samples is computed once, and read once a step."""
+def floor_seconds(given: Any, requests: list[dict[str, Any]], rates: dict[str, Any]) -> float:
+    """Seconds of the serial floor; a prompt of many samples is computed once, read once a step."""
     alone = {**requests[0], "samples": 1}
     shape = SHAPES[given.shape]
     one = least_seconds("fixed", shape, [alone], rates)

@@ -15,8 +15,8 @@ from typing import Any
 from common import ROOT, Result, options, result, say
 
 FILES = ("kernels", "prefix", "prefill")
-_ENDING = 5.0
-"""Seconds that the tests have to tell what they know, when their time is over."""
+_FINISH_SECONDS = 5.0
+"""Seconds that the tests have to write their counts, when their time is over."""
 
 
 def main() -> None:
@@ -28,10 +28,10 @@ def main() -> None:
 
 
 def run(given: Any, kind: str, made: Result) -> int:
-    """The exit code of one run; what is known of it goes to `made` as the tests go on."""
+    """Runs the tests of a kind, and saves their counts in `made` meanwhile; the exit code."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "tally.json"
+        file = Path(folder) / "progress.json"
         tests = subprocess.Popen(
             command(given, kind, file), env=environment(given.dry), start_new_session=True
         )
@@ -51,7 +51,7 @@ def run(given: Any, kind: str, made: Result) -> int:
         except BaseException:
             tests.send_signal(signal.SIGINT)
             try:
-                tests.wait(_ENDING)
+                tests.wait(_FINISH_SECONDS)
             except subprocess.TimeoutExpired:
                 tests.kill()
             raise
@@ -63,20 +63,20 @@ def run(given: Any, kind: str, made: Result) -> int:
     return int(tests.returncode)
 
 
-def command(given: Any, kind: str, tally: Path) -> list[str]:
+def command(given: Any, kind: str, progress: Path) -> list[str]:
     folder = ROOT / "tests" / "worker" / "engine" / "cuda"
     files = [folder / f"test_{name}.py" for name in FILES]
     return [
         *(sys.executable, "-m", "pytest", "-q", "--tb=short", "--noconftest"),
         *("-p", "device_fixture", "-p", "no:cacheprovider", "-c", os.devnull),
         *(f"--rootdir={ROOT}", "--import-mode=importlib", "-n", str(given.workers)),
-        *("--kind", kind, "--tally", str(tally), *(["--few"] if given.dry else [])),
+        *("--kind", kind, "--progress-file", str(progress), *(["--few"] if given.dry else [])),
         *(str(file) for file in files if file.is_file()),
     ]
 
 
 def environment(dry: bool) -> dict[str, str]:
-    """Of the tests. Triton's interpreter is chosen before Triton is imported: so it is here."""
+    """The tests' environment. Triton's interpreter must be chosen before Triton is imported."""
     paths = (str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", ""))
     made = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return {**made, "TRITON_INTERPRET": "1"} if dry else made

@@ -1,4 +1,4 @@
-"""The speed of the kernels on a card, against what a copy reaches; `sweep` tries other knobs."""
+"""The speed of the kernels on a card, against what a copy reaches; `sweep` tries other settings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main() -> None:
         made.gather(
             "groups",
             (
-                grouped(given.device, groups, *heads)
+                grouped_decode(given.device, groups, *heads)
                 for heads in ((32, 8, 64), (32, 8, 128))
                 for groups in (DRY_GROUPS if given.device == "cpu" else GROUPS)
             ),
@@ -47,10 +47,10 @@ def main() -> None:
 def decode(
     given: Any, batch: int, copy: float, heads: int, kv_heads: int, dim: int
 ) -> dict[str, Any]:
-    """Decode attention."""
+    """The time of decode attention, and its share of a copy's rate."""
     import torch
 
-    from worker.engine.triton_kernels.reference import splits_of
+    from worker.engine.cuda.kernels.reference import splits_of
 
     kernels, device, context = kernels_of(given.device), given.device, given.context
     pages = -(-context // 64)
@@ -76,8 +76,8 @@ GROUPS = {
     "64 samples of 16 prompts": (1024, 64, 512, 128),
     "16 samples of 16 prompts": (256, 16, 512, 128),
     "8 samples of 128 prompts": (1024, 8, 512, 128),
-    "one long beginning": (256, 256, 4096, 128),
-    "one beginning, few rows": (16, 16, 2048, 128),
+    "one long prefix": (256, 256, 4096, 128),
+    "one prefix, few rows": (16, 16, 2048, 128),
 }
 """The first is a step of 128 prompts with 64 samples each."""
 
@@ -85,12 +85,12 @@ GROUPS = {
 DRY_GROUPS = {"4 samples of 2 prompts": (8, 4, 256, 64)}
 
 
-def grouped(device: str, kind: str, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
-    """Rows that begin with the same blocks: by the plain kernel, and in groups."""
+def grouped_decode(device: str, kind: str, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
+    """Decode attention of rows with common prefixes: without groups, and in groups."""
     import torch
 
-    from worker.engine.cuda_groups import LEAST_SAVED, PrefixIndex, padded_tiles
-    from worker.engine.triton_kernels import reference
+    from worker.engine.cuda.groups import MIN_SAVED_BYTES, PrefixIndex, padded_tiles
+    from worker.engine.cuda.kernels import reference
 
     decode_attention = kernels_of(device).decode_attention
     batch, size, common, own = {**GROUPS, **DRY_GROUPS}[kind]
@@ -102,10 +102,10 @@ def grouped(device: str, kind: str, heads: int, kv_heads: int, dim: int) -> dict
     )
     tables, sequences = [], []
     for row in range(batch):
-        chain = list(range(row // size * shared, (row // size + 1) * shared))
+        common_pages = range(row // size * shared, (row // size + 1) * shared)
         begin = groups * shared + row * more
-        tables.append([*chain, *range(begin, begin + more)])
-        sequences.append(_sequence([page + 1 for page in chain], common + own))
+        tables.append([*common_pages, *range(begin, begin + more)])
+        sequences.append(_sequence([page + 1 for page in common_pages], common + own))
     found = index.groups(sequences)
 
     def ints(values: Any) -> torch.Tensor:
@@ -113,9 +113,9 @@ def grouped(device: str, kind: str, heads: int, kv_heads: int, dim: int) -> dict
 
     prefixes = None
     if found is not None:
-        idle = padded_tiles(len(found.tiles)) - len(found.tiles)
-        tiles = [*found.tiles.tolist(), *[[0, 0, 0, 0]] * idle]
-        deepest = reference.splits_for(common, 64)
+        padding = padded_tiles(len(found.tiles)) - len(found.tiles)
+        tiles = [*found.tiles.tolist(), *[[0, 0, 0, 0]] * padding]
+        deepest = reference.split_count(common, 64)
         prefixes = reference.Prefixes(
             ints(tiles), ints(found.members), ints(found.shared), 1 << (deepest - 1).bit_length()
         )
@@ -137,27 +137,27 @@ def grouped(device: str, kind: str, heads: int, kv_heads: int, dim: int) -> dict
     )
     saved = (batch - groups) * shared * cache.nbytes // pages
     say(f"{kind}, {heads}/{kv_heads}x{dim}: plain {plain:.3f} ms, in groups {together:.3f} ms, "
-        f"{(plain - together) / saved * LEAST_SAVED * 1e3:.1f} us for {LEAST_SAVED >> 20} MiB not "
-        f"read, largest difference {error:.4f}"
-        f"{'' if prefixes else ': NOT WORTH IT, says the index'}")  # fmt: skip
+        f"{(plain - together) / saved * MIN_SAVED_BYTES * 1e3:.1f} us for "
+        f"{MIN_SAVED_BYTES >> 20} MiB not read, largest difference {error:.4f}"
+        f"{'' if prefixes else ': NOT GROUPED, as the index finds it not worth it'}")  # fmt: skip
     return {"kind": kind, "heads": [heads, kv_heads, dim], "plain_ms": plain, "ms": together,
             "saved_bytes": saved, "difference": error, "grouped": prefixes is not None}  # fmt: skip
 
 
-def _sequence(chain: list[int], length: int) -> Any:
+def _sequence(prefix_ids: list[int], length: int) -> Any:
     from nightherd.params import SamplingParams
     from worker.engine.interface import EngineRequest
     from worker.engine.sequence import Sequence
 
     made = Sequence(EngineRequest((0,) * length, SamplingParams(), (0,), 1), 0, 0)
-    made.chain = chain
+    made.prefix_ids = prefix_ids
     return made
 
 
 def sweep(given: Any, copy: float, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
-    """Decode attention with other warps and stages, then other lengths of its splits: the best
-    first. What it is set to now is among them."""
-    from worker.engine.triton_kernels import attention, reference
+    """Decode attention with other warps and stages, then other lengths of its splits, the best
+    first; the present settings are among them."""
+    from worker.engine.cuda.kernels import attention, reference
 
     before = attention.WARPS, attention.STAGES, attention.SPLIT_BLOCKS
     tried: dict[tuple[int, int, int], float] = {}
@@ -195,7 +195,7 @@ def sweep(given: Any, copy: float, heads: int, kv_heads: int, dim: int) -> dict[
 
 def sweep_sampling(given: Any) -> list[dict[str, Any]]:
     """Sampling for 512 rows with other tiles."""
-    from worker.engine.triton_kernels import sampling as kernels
+    from worker.engine.cuda.kernels import sampling as kernels
 
     names = ("_TILE", "_NOISE_TILE", "_LANES")
     before = tuple(getattr(kernels, name) for name in names)
@@ -247,7 +247,7 @@ def sampling(given: Any, batch: int, kind: str) -> dict[str, Any]:
 
 
 def small_kernels(given: Any, copy: float) -> list[dict[str, Any]]:
-    """At the 8B shape."""
+    """The time of a layer's other kernels, at the 8B shape."""
     import torch
 
     layers, device, rows = kernels_of(given.device), given.device, given.rows
@@ -262,7 +262,7 @@ def small_kernels(given: Any, copy: float) -> list[dict[str, Any]]:
     numbers = torch.arange(rows, device=device).int()
     # Each row in a block of its own.
     positions = numbers % 64
-    works = {
+    kernels_and_bytes = {
         "rms_norm": (lambda: layers.rms_norm(hidden, weight, 1e-5, residual), 4 * hidden.nbytes),
         "silu_mul": (lambda: layers.silu_mul(gate_up), 1.5 * gate_up.nbytes),
         "rotate_and_write": (
@@ -273,7 +273,7 @@ def small_kernels(given: Any, copy: float) -> list[dict[str, Any]]:
         ),
     }
     made = []
-    for name, (work, moved) in works.items():
+    for name, (work, moved) in kernels_and_bytes.items():
         took = milliseconds(work, calls=10)
         share = moved / took * 1e3 / copy
         say(f"{name}, {rows} rows: {took * 1e3:.0f} us, {share:.0%} of a copy")

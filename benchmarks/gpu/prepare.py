@@ -1,4 +1,4 @@
-"""What the machine is, and what it lacks: the wheels in `.whl`, if they are those of wheels.txt."""
+"""Tells the machine's card and versions, and installs the wheels that wheels.txt lists."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from common import ROOT, Result, Stopped, out_folder, say
 
 FOLDER = ROOT / ".whl"
 LIST = Path(__file__).with_name("wheels.txt")
-MOST_BYTES = 24 << 20
-"""They travel with everything else, for which there is little room."""
+MAX_WHEEL_BYTES = 24 << 20
+"""Of all wheels, at most: they are sent with the repository, for which there is little room."""
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
             f"transformers {made['transformers']}")  # fmt: skip
         if not given.dry and "card" not in made:
             raise Stopped("no card here; --dry tries everything on a CPU")
-        wheels = checked(given.wheels, LIST.read_text())
+        wheels = checked_wheels(given.wheels, LIST.read_text())
         made["wheels"] = len(wheels)
         if wheels and not given.dry:
             install(wheels, given.site)
@@ -51,12 +51,12 @@ def main() -> None:
 
 
 def card() -> dict[str, str | int]:
-    """Name, bytes of memory and driver; nothing where there is none."""
+    """The card's name, bytes of memory and driver; empty where there is no card."""
     tool = shutil.which("nvidia-smi")
     if tool is not None:
-        asked = [tool, "--query-gpu=name,memory.total,driver_version"]
+        query = [tool, "--query-gpu=name,memory.total,driver_version"]
         answer = subprocess.run(
-            [*asked, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=False
+            [*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=False
         )
         fields = [field.strip() for field in answer.stdout.partition("\n")[0].split(",")]
         if answer.returncode == 0 and len(fields) == 3 and fields[1].isdigit():
@@ -69,7 +69,7 @@ def card() -> dict[str, str | int]:
     return {"card": found.name, "memory_bytes": found.total_memory, "driver": "not told"}
 
 
-def checked(folder: Path, listed: str) -> list[Path]:
+def checked_wheels(folder: Path, listed: str) -> list[Path]:
     """The wheels of a folder; raises `Stopped` where they are not those that are listed."""
     wheels = sorted(folder.glob("*.whl"))
     if not wheels:
@@ -77,7 +77,7 @@ def checked(folder: Path, listed: str) -> list[Path]:
             raise Stopped(f"no wheels in {folder.name}, and pydantic is not here: see README.md")
         say(f"no wheels in {folder.name}: what is needed is here already")
         return []
-    why = problem(wheels, listed)
+    why = wheel_problem(wheels, listed)
     if why is not None:
         raise Stopped(f"{folder.name} is not what {LIST.name} lists: {why}")
     say(f"{len(wheels)} wheels, as {LIST.name} lists them")
@@ -94,50 +94,50 @@ def install(wheels: list[Path], site: Path) -> None:
     given = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target", str(site)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if subprocess.run([*pip, *given, *map(str, wheels)], env=environment, check=False).returncode:
-        raise Stopped("pip cannot install the wheels: its own words are above")
+        raise Stopped("pip cannot install the wheels: its error is above")
     stamp.write_text(names)
 
 
-def problem(wheels: list[Path], listed: str, most: int = MOST_BYTES) -> str | None:
-    """What is missing, what is too much, or how much too heavy all of it is."""
-    wanted = dict(map(_listed, _lines(listed)))
-    there = [_of_file(wheel.name) for wheel in wheels]
+def wheel_problem(wheels: list[Path], listed: str, limit: int = MAX_WHEEL_BYTES) -> str | None:
+    """What is missing, what is not listed, how much too heavy all of it is; None if all is well."""
+    wanted = dict(map(_parse_pin, _pins(listed)))
+    there = [_parse_file_name(wheel.name) for wheel in wheels]
     missing = [f"{name} {number}" for name, number in wanted.items() if (name, number) not in there]
-    extra = [wheel.name for wheel in wheels if _of_file(wheel.name) not in wanted.items()]
+    extra = [wheel.name for wheel in wheels if _parse_file_name(wheel.name) not in wanted.items()]
     said = []
     if missing:
-        said.append(f"missing {_some(missing)}")
+        said.append(f"missing {_first_five(missing)}")
     if extra:
-        said.append(f"not listed {_some(extra)}")
+        said.append(f"not listed {_first_five(extra)}")
     if len(there) != len(set(there)):
         said.append("some twice")
     weight = sum(wheel.stat().st_size for wheel in wheels)
-    if weight > most:
-        said.append(f"{weight / 2**20:.1f} MiB, more than {most / 2**20:.0f} MiB")
+    if weight > limit:
+        said.append(f"{weight / 2**20:.1f} MiB, more than {limit / 2**20:.0f} MiB")
     return "; ".join(said) or None
 
 
-def _some(names: list[str]) -> str:
+def _first_five(names: list[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
 
 
-def _lines(text: str) -> list[str]:
+def _pins(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip() and line[0] != "#"]
 
 
-def _listed(line: str) -> tuple[str, str]:
+def _parse_pin(line: str) -> tuple[str, str]:
     name, _, number = line.partition("==")
-    return _plain(name), number
+    return _normalized_name(name), number
 
 
-def _of_file(name: str) -> tuple[str, str]:
+def _parse_file_name(name: str) -> tuple[str, str]:
     """Package and version of a wheel's file name."""
     package, number, *_ = name.split("-")
-    return _plain(package), number
+    return _normalized_name(package), number
 
 
-def _plain(name: str) -> str:
+def _normalized_name(name: str) -> str:
     """As the package index compares names."""
     return re.sub(r"[-_.]+", "-", name).lower()
 

@@ -1,4 +1,4 @@
-"""All that a card is asked within one call: stage after stage, each with a time limit of its own.
+"""All that is measured on a card in one call: stage after stage, each with its own time limit.
 
     python3 benchmarks/gpu/run.py                    the first call
     python3 benchmarks/gpu/run.py --stages prefix,peer
@@ -24,17 +24,17 @@ from typing import Any
 import child
 import stages
 from common import ROOT, STOPPED, out_folder, say, write
-from machine import Interrupted, end_in_order
-from stages import Stage, key_figures
+from processes import Interrupted, end_in_order
+from stages import Stage, summary_line
 
 LIMIT = 560.0
-"""Seconds of all stages together: a call has ten minutes, and the machine's own ends are rough."""
-LEAST = 15.0
-"""Seconds below which a stage is not worth its start."""
-ENDING = 5.0
+"""Seconds of all stages together: a call has ten minutes, and the machine kills it at their end."""
+MIN_STAGE_SECONDS = 15.0
+"""Seconds that must be left for a stage to start."""
+SUMMARY_SECONDS = 5.0
 """Seconds for the summary, after the last stage has had its grace."""
-MOST_FILES = 8
-"""So many of what lies in $OUT come back."""
+MAX_FILES = 8
+"""Most files in $OUT: no more come back."""
 SITE = ROOT / "build" / "gpu-site"
 CACHE = ROOT / "build" / "triton"
 _WIDTH = 260
@@ -43,7 +43,7 @@ _WIDTH = 260
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     known = ", ".join(stages.names())
-    parser.add_argument("--stages", default=",".join(stages.FIRST), help=f"of {known}")
+    parser.add_argument("--stages", default=",".join(stages.FIRST_CALL), help=f"of {known}")
     parser.add_argument("--limit", type=float, default=LIMIT, metavar="SECONDS", help="of them all")
     parser.add_argument("--dry", action="store_true", help="no card: try everything, tiny")
     parser.add_argument(
@@ -59,7 +59,7 @@ def arguments() -> argparse.Namespace:
 
 
 class Call:
-    """The stages of one call, and what came of them until now."""
+    """The stages of one call, and their results until now."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self._given = given
@@ -76,9 +76,9 @@ class Call:
             "PYTHONPATH": os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH")])),
         }
         self._cache = Path(self.environment["TRITON_CACHE_DIR"])
-        self._compiled = _entries(self._cache)
+        self._cache_before = _count_entries(self._cache)
         self.rows: list[dict[str, Any]] = []
-        self._over: str | None = None
+        self._stop_reason: str | None = None
         """Why no further stage is to run."""
         self._signal: Interrupted | None = None
 
@@ -88,7 +88,7 @@ class Call:
 
     @property
     def code(self) -> int:
-        """For the end: that of the signal that came, or whether all stages went well."""
+        """The exit code: that of the signal that came, or whether all stages went well."""
         if self._signal is not None:
             return int(str(self._signal.code))
         outcomes = {row["outcome"] for row in self.rows}
@@ -97,11 +97,11 @@ class Call:
         return int(outcomes != {"ok"})
 
     def run(self, stage: Stage) -> dict[str, Any]:
-        """What it found; its row, and all that there is until now, is in summary.json."""
-        left = self._given.limit - self.seconds - child.GRACE - ENDING
-        if self._over is not None:
-            return self._row(stage, 0, 0, "skipped", self._over)
-        if left < LEAST:
+        """Runs a stage, and saves summary.json with its row; returns its result."""
+        left = self._given.limit - self.seconds - child.GRACE - SUMMARY_SECONDS
+        if self._stop_reason is not None:
+            return self._row(stage, 0, 0, "skipped", self._stop_reason)
+        if left < MIN_STAGE_SECONDS:
             return self._row(stage, 0, 0, "skipped", f"only {max(0.0, left):.0f} s are left")
         limit = min(stage.limit, left)
         say(f"== {stage.name}, {limit:.0f} s at most")
@@ -112,8 +112,8 @@ class Call:
         try:
             ended = child.run(command, self.environment, self._log(stage), limit, child.GRACE)
         except Interrupted as signal_:
-            # No second one comes, so the others get their rows.
-            self._signal, self._over = signal_, str(signal_)
+            # Further signals are ignored, so that the other stages get their rows.
+            self._signal, self._stop_reason = signal_, str(signal_)
             seconds = time.monotonic() - started
             return self._row(stage, limit, seconds, "stopped", str(signal_))
         outcome = {0: "ok", STOPPED: "stopped"}.get(ended.code, "failed")
@@ -121,7 +121,7 @@ class Call:
             outcome = "timed out"
         why = "" if outcome in ("ok", "timed out") else f"exit code {ended.code}"
         if stage.needed and outcome != "ok" and not self._given.keep_going:
-            self._over = f"{stage.name} {outcome}"
+            self._stop_reason = f"{stage.name} {outcome}"
         return self._row(stage, limit, ended.seconds, outcome, why)
 
     def _row(
@@ -134,7 +134,7 @@ class Call:
             why = f"{why}: {_last_line(self._log(stage))}"
         self.rows.append(
             {"stage": stage.name, "limit": limit, "seconds": round(seconds, 1),
-             "outcome": outcome, "why": why, "key": _key(made), "result": made}
+             "outcome": outcome, "why": why, "key": _summary_of(made), "result": made}
         )  # fmt: skip
         self.save()
         if outcome != "skipped":
@@ -148,7 +148,7 @@ class Call:
         return self.out / f"{stage.name}.log"
 
     def _result(self, stage: Stage) -> dict[str, Any]:
-        """Its JSON file, or the line of JSON that it ended with, which then becomes one."""
+        """A stage's JSON file, or the line of JSON that its log ends with, which becomes one."""
         file = self._json(stage)
         try:
             if not file.is_file():
@@ -167,17 +167,17 @@ class Call:
                 "seconds": round(self.seconds, 1),
                 "limit": self._given.limit,
                 "dry": self._given.dry,
-                "triton_cache": [self._compiled, _entries(self._cache)],
+                "triton_cache": [self._cache_before, _count_entries(self._cache)],
                 "stages": self.rows,
             },
         )
 
     def finish(self, code: int) -> None:
-        """The table, last of all that is printed; few files."""
-        before, now = self._compiled, _entries(self._cache)
+        """Packs the files in $OUT into few, and prints the table, last of all."""
+        before, now = self._cache_before, _count_entries(self._cache)
         left = _card_in_use()
         self.save(code)
-        _pack(self.out, time.time() - self.seconds)
+        _pack_logs(self.out, time.time() - self.seconds)
         say(f"\nTriton's cache had {before} entries and has {now}"
             f"{'' if left is None else f'; {left} of the card in use at the end'}")  # fmt: skip
         for row in self.rows:
@@ -190,7 +190,7 @@ class Call:
 
 def main() -> int:
     given = arguments()
-    # Ignored from the start, as in a shell's background, it would be so in all stages.
+    # Where SIGINT is ignored, as in a shell's background, all stages would ignore it too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     end_in_order()
     call = Call(given)
@@ -207,10 +207,10 @@ def main() -> int:
     return code
 
 
-def _key(made: dict[str, Any]) -> str:
+def _summary_of(made: dict[str, Any]) -> str:
     try:
-        return key_figures(made)
-    except (KeyError, TypeError, ValueError):  # half of a result
+        return summary_line(made)
+    except (KeyError, TypeError, ValueError):  # the result is incomplete
         return ""
 
 
@@ -219,12 +219,12 @@ def _last_line(log: Path) -> str:
     return next((line.strip() for line in lines[::-1] if line.strip()), "it said nothing")[:200]
 
 
-def _entries(cache: Path) -> int:
+def _count_entries(cache: Path) -> int:
     return len(list(cache.iterdir())) if cache.is_dir() else 0
 
 
 def _card_in_use() -> str | None:
-    """What a process that was left would hold."""
+    """Memory of the card in use, which a process that was left would hold; None if unknown."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -237,12 +237,12 @@ def _card_in_use() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _pack(out: Path, since: float) -> None:
-    """Logs into one file, and results too where they are too many: the summary holds them."""
+def _pack_logs(out: Path, since: float) -> None:
+    """Packs logs into one file, and results too where they are too many: the summary has them."""
     logs = sorted(out.glob("*.log"))
     results = [file for file in sorted(out.glob("*.json")) if file.name != "summary.json"]
-    packed = logs if len(results) + 2 <= MOST_FILES else [*logs, *results]
-    # What drivers of several engines said is where they leave it.
+    packed = logs if len(results) + 2 <= MAX_FILES else [*logs, *results]
+    # `benchmarks/engine.py` writes the logs of its engines' drivers there.
     drivers = [
         log
         for log in sorted((ROOT / "build" / "benchmarks" / "logs").glob("*.log"))

@@ -1,6 +1,6 @@
-"""Whether the engine for cards computes right tokens there at all, by graphs: first of all stages.
+"""Whether the CUDA engine gives right tokens on the card, by graphs: the first stage that runs it.
 
-Numbers of an engine that fell back, or that is wrong, are worth no minute of a card.
+An engine that fell back to torch, or that is wrong, is not worth measuring.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from common import (
 )
 
 LENGTHS = (5, 64, 200)
-"""Of the prompts: within a block, all of one, several."""
-MOST_REGRET = 0.5
+"""Tokens of the prompts: less than a block, one block, several."""
+MAX_REGRET = 0.5
 """Standard deviations of logits by which a token of ours may be less likely than the likeliest, in
 bfloat16. Right kernels stay far below that, and a token drawn at random has nearly four."""
 
@@ -34,42 +34,43 @@ def main() -> None:
         __doc__, {"budget": 64, "context": 256}, shape="T", out=16, budget=512, context=1024
     )
     with result("smoke", given) as made:
-        wrong = float32(given, made)
+        wrong = check_float32(given, made)
         made.save()
-        wrong += bfloat16(given, made)
+        wrong += check_bfloat16(given, made)
         for line in made["warnings"]:
             say(f"WARNING of the engine: {line}")
         if wrong:
             raise Stopped("; ".join(wrong))
 
 
-def float32(given: Any, made: Result) -> list[str]:
-    """What is wrong: tokens against transformers', eagerly and by graphs."""
+def check_float32(given: Any, made: Result) -> list[str]:
+    """What is wrong in float32: tokens against transformers', eagerly and by graphs."""
     model = _model(given, "float32")
     texts = _texts(model)
     wanted = 2 * transformers_tokens(model, texts, given.out)
-    ours = _tokens(given, model, texts, made)
+    ours = _engine_tokens(given, model, texts, made)
     made["tokens_equal"] = equal_share(ours, wanted)
     say(f"float32: {made['tokens_equal']:.1%} of tokens equal transformers', "
         f"{made['graphs']} graphs, {made['num_blocks']} blocks")  # fmt: skip
     wrong = []
     if ours != wanted:
-        wrong.append(f"float32 tokens differ from transformers': {_first(ours, wanted)}")
+        wrong.append(f"float32 tokens differ from transformers': {_first_difference(ours, wanted)}")
     if not made["graphs"]:
         wrong.append("no graph was captured")
     return wrong
 
 
-def bfloat16(given: Any, made: Result) -> list[str]:
-    """What is wrong in what all figures are measured in. Tokens differ there where two are nearly
-    as likely, so each of ours is held against the likeliest after the same text in float32."""
+def check_bfloat16(given: Any, made: Result) -> list[str]:
+    """What is wrong in bfloat16, which is what is measured. Tokens differ there where two are
+    nearly as likely, so each of ours is compared with the likeliest after the same text in
+    float32."""
     import torch
 
     found: dict[str, Any] = {}
     made["bfloat16"] = found
     model = _model(given, "bfloat16")
     texts = _texts(model)
-    ours = _tokens(given, model, texts, found)
+    ours = _engine_tokens(given, model, texts, found)
     exact = _model(given, "bfloat16").float()
     regrets = []
     for text, tokens in zip(2 * texts, ours, strict=True):
@@ -80,7 +81,7 @@ def bfloat16(given: Any, made: Result) -> list[str]:
         regrets.append(float(((logits.amax(1) - chosen) / logits.std(1)).max()))
     found["regret"] = max(regrets)
     say(f"bfloat16: tokens at most {found['regret']:.2f} deviations below the likeliest")
-    if found["regret"] < MOST_REGRET:
+    if found["regret"] < MAX_REGRET:
         return []
     return [f"a bfloat16 token is {found['regret']:.1f} deviations below the likeliest"]
 
@@ -94,8 +95,9 @@ def _texts(model: Any) -> list[list[int]]:
     return [prompts(1, length, model.config.vocab_size, length)[0] for length in LENGTHS]
 
 
-def _tokens(given: Any, model: Any, texts: list[list[int]], found: Any) -> list[list[int]]:
-    """Once, then again by graphs and after cached prefixes; the engine's facts go to `found`."""
+def _engine_tokens(given: Any, model: Any, texts: list[list[int]], found: Any) -> list[list[int]]:
+    """The engine's tokens, twice: the second time by graphs and after cached prefixes. Its facts go
+    to `found`."""
     engine = make_engine(
         model, sequences=64, budget=given.budget, context=given.context, kv_memory=1 << 30
     )
@@ -108,14 +110,14 @@ def _tokens(given: Any, model: Any, texts: list[list[int]], found: Any) -> list[
         engine.stop()
 
 
-def _first(ours: list[list[int]], theirs: list[list[int]]) -> str:
-    """Where they part."""
+def _first_difference(ours: list[list[int]], theirs: list[list[int]]) -> str:
+    """Where tokens first differ."""
     for row, pair in enumerate(zip(ours, theirs, strict=True)):
-        for place, (one, other) in enumerate(zip(*pair, strict=True)):
+        for index, (one, other) in enumerate(zip(*pair, strict=True)):
             if one != other:
                 time = "by graphs" if row >= len(LENGTHS) else "at first"
                 length = LENGTHS[row % len(LENGTHS)]
-                return f"prompt of {length}, {time}, token {place}: {one}, theirs {other}"
+                return f"prompt of {length}, {time}, token {index}: {one}, theirs {other}"
     return "nowhere"
 
 

@@ -1,4 +1,4 @@
-"""The stages of a card's minutes: what each runs, for how long at most, and what it found."""
+"""The stages of `run.py`: what each runs, for how long at most, and its result in one line."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from card import breakdown
 GPU = "benchmarks/gpu"
 ENGINES = "benchmarks/engine.py"
 LARGE_CARD = 100 << 30
-"""Bytes of memory. 1,024 sequences of 768 positions fit from there on; in less, 576 of them do
+"""Bytes of memory from which 1,024 sequences of 768 positions fit; on smaller cards 576 of them fit
 without being preempted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
     name: str
-    """Of its log and its JSON too."""
+    """Also that of its log and its JSON file."""
     limit: float
-    """Seconds; less if all of them together have less left."""
+    """Seconds; less where the call has less left."""
     script: str
     arguments: tuple[str, ...] = ()
     needed: bool = False
-    """Whether nothing after it is worth its time if this fails."""
+    """Whether the stages after it are skipped if it fails."""
 
 
-FIRST = ("smoke", "figure", "decode", "tests")
-"""Of the first call."""
+FIRST_CALL = ("smoke", "figure", "decode", "tests")
+"""The stages that run unless others are asked for."""
 
 
 def prepare(site: Path, wheels: Path, dry: bool) -> Stage:
-    """Before all others, always."""
+    """The stage that always runs before all others."""
     given = ("--site", str(site), "--wheels", str(wheels), *(["--dry"] if dry else []))
     return Stage("prepare", 90, f"{GPU}/prepare.py", given, needed=True)
 
@@ -56,34 +56,36 @@ def _stages(large: bool, dry: bool) -> dict[str, list[Stage]]:
         *("--rounds", "1"),
     )
 
-    def of_card(name: str, limit: float, script: str, *arguments: str) -> Stage:
-        tried = ("--dry",) if dry else ()
-        given = ("--name", name, *arguments, *tried)
+    def on_gpu(name: str, limit: float, script: str, *arguments: str) -> Stage:
+        """A script of this folder."""
+        dry_options = ("--dry",) if dry else ()
+        given = ("--name", name, *arguments, *dry_options)
         return Stage(name, limit, f"{GPU}/{script}", given, name == "smoke")
 
     def engines(name: str, limit: float, *arguments: str) -> Stage:
-        tried = ("--shape", "T", "--device", "cpu", "--requests", "8", "--kv-memory", "0.1")
+        """`benchmarks/engine.py`: our engine beside others."""
+        dry_options = ("--shape", "T", "--device", "cpu", "--requests", "8", "--kv-memory", "0.1")
         card = ("--device", "cuda", "--max-batch", f"{sequences}", "--budget", "8192")
         always = ("--rounds", "1", "--patience", "1", "--force")
         mine = arguments[:4] if dry else arguments  # workload and engines
-        return Stage(name, limit, ENGINES, (*mine, *always, *(tried if dry else card)))
+        return Stage(name, limit, ENGINES, (*mine, *always, *(dry_options if dry else card)))
 
     large_peer = ("--shape", "8B", "--requests", "1024", "--limit", "250", "--profile", "64")
     small_peer = ("--shape", "L", "--requests", "1024", "--limit", "170", "--profile", "64")
     worker = ("--shape", "L", "--requests", "1024", "--limit", "120")
     continuous = "nightherd,transformers-cb"
     return {
-        "smoke": [of_card("smoke", 60, "smoke.py")],
-        "figure": [of_card("figure", 200, "figure.py", *figure)],
-        "decode": [of_card("decode", 110, "decode.py", "--tests", "0", "--batches", batches)],
-        "tests": [of_card("tests", 120, "kernel_tests.py")],
+        "smoke": [on_gpu("smoke", 60, "smoke.py")],
+        "figure": [on_gpu("figure", 200, "figure.py", *figure)],
+        "decode": [on_gpu("decode", 110, "decode.py", "--tests", "0", "--batches", batches)],
+        "tests": [on_gpu("tests", 120, "kernel_tests.py")],
         "prefix": [
-            of_card("prefix", 120, "figure.py", *samples, "--profile", "16"),
-            of_card("prefix-alone", 110, "figure.py", *samples, "--profile", "0", "--groups", "0"),
+            on_gpu("prefix", 120, "figure.py", *samples, "--profile", "16"),
+            on_gpu("prefix-alone", 110, "figure.py", *samples, "--profile", "0", "--groups", "0"),
         ],
-        "kernels": [of_card("kernels", 120, "kernels.py", "--sweep", "0")],
-        "sweep": [of_card("sweep", 300, "kernels.py", "--sweep", "1")],
-        "accuracy": [of_card("accuracy", 90, "decode.py", "--batches", "1")],
+        "kernels": [on_gpu("kernels", 120, "kernels.py", "--sweep", "0")],
+        "sweep": [on_gpu("sweep", 300, "kernels.py", "--sweep", "1")],
+        "accuracy": [on_gpu("accuracy", 90, "decode.py", "--batches", "1")],
         "peer": [
             engines("peer", 400, "--workload", "W1", "--engines", f"{continuous},transformers",
                     *small_peer)
@@ -98,8 +100,8 @@ def _stages(large: bool, dry: bool) -> dict[str, list[Stage]]:
     }  # fmt: skip
 
 
-def key_figures(made: dict[str, Any]) -> str:
-    """One line of what a result says, whatever of it is there."""
+def summary_line(made: dict[str, Any]) -> str:
+    """A result in one line: whatever is there of what it may have."""
     said = []
     if made.get("script") == "prepare":
         said += [f"{made.get('card', 'no card')}", f"{made.get('wheels', 0)} wheels"]

@@ -24,7 +24,7 @@ def number_types(dtype: str, device: str) -> list[str]:
 def main(fields: dict[str, Any], result: Path) -> None:
     import torch
 
-    from worker.bench import matrix_rate, sustained_rate
+    from worker.speed import matrix_rate, sustained_rate
 
     torch.set_num_threads(fields["threads"])
     matrices = [(inputs, outputs) for inputs, outputs in fields["matrices"]]

@@ -40,7 +40,7 @@ def main(given: Task) -> None:
     params = SamplingParams(**{name: getattr(given, name) for name in names})
 
     def generate(requests: list[dict[str, Any]]) -> list[int]:
-        generations = [
+        handles = [
             engine.add(
                 EngineRequest(
                     prompt_token_ids=tuple(request["prompt"]),
@@ -52,7 +52,7 @@ def main(given: Task) -> None:
             )
             for seed, request in enumerate(requests)
         ]
-        outputs = [generation.futures[0].result() for generation in generations]
+        outputs = [handle.futures[0].result() for handle in handles]
         for output in outputs:
             if output.finish_reason != "length":
                 raise SystemExit(f"{output.finish_reason}: {output.error_message}")
@@ -74,7 +74,7 @@ def _grammar(given: Task) -> Any:
     from nightherd.params import SamplingParams
     from nightherd.structured import structure_of
     from nightherd.text import TextProcessor
-    from worker.grammar import GrammarMaker
+    from worker.text.grammar import GrammarMaker
 
     structure = structure_of(SamplingParams(structured_outputs={"json": given.schema}))
     if structure is None:

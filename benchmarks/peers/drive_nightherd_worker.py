@@ -27,7 +27,7 @@ _POLL = 0.2
 """Seconds; each look is one statement on one row."""
 
 
-class House:
+class Deployment:
     """A data folder of its own: SQLite and the embedded broker."""
 
     def __init__(self, given: Task, home: Path) -> None:
@@ -110,9 +110,9 @@ class House:
 
 def main(given: Task) -> None:
     with tempfile.TemporaryDirectory() as home:
-        house = House(given, Path(home))
-        with house.worker():
-            given.measure(house.generate, {}, seconds=lambda: house.seconds)
+        deployment = Deployment(given, Path(home))
+        with deployment.worker():
+            given.measure(deployment.generate, {}, seconds=lambda: deployment.seconds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Claiming chunks, loading what they owe, asking whether they are still wanted."""
+"""Claiming chunks, loading their pending requests, asking whether they are still wanted."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from models.base import db_now, one_of
 from models.job import ENDED_JOB_STATES, RUNNABLE_JOB_STATES, Chunk, Job, Request, Result
 from models.worker import LIVE_WORKER_STATES, ServedCheckpoint, Worker
 
-SOLO_DEATHS = 2
-"""A chunk that was running on so many workers that died is claimed with nothing beside it."""
+ISOLATE_AFTER_DEATHS = 2
+"""From this many deaths on (workers that died while they ran it) a chunk is claimed isolated: by a
+worker that runs nothing else, and claims nothing else until the chunk has ended."""
 
 
 CHUNK_COLUMNS = (
@@ -45,7 +46,8 @@ class Claim:
     count: int
     pass_: int
     only_code: str | None
-    solo: bool
+    isolated: bool
+    """Its holder must run nothing beside it (see `ISOLATE_AFTER_DEATHS`)."""
     samples: int
     done: int
     failed: int
@@ -57,18 +59,18 @@ class Claim:
     priority: int
 
 
-ClaimOutcome = Claim | Literal["nothing", "again", "solo waits", "not registered"]
+ClaimOutcome = Claim | Literal["nothing", "again", "isolated waits", "not registered"]
 """`again`: another took the last chunk of the best job meanwhile; look once more."""
 
 
-def _due(only_job: str | None = None) -> list[ColumnElement[bool]]:
-    """The jobs whose queued chunks may be claimed now."""
-    due = [
+def _claimable(only_job: str | None = None) -> list[ColumnElement[bool]]:
+    """What a job must be for its queued chunks to be claimable now."""
+    conditions = [
         one_of(Job.state, *RUNNABLE_JOB_STATES),
         Job.not_before.is_(None) | (Job.not_before <= db_now()),
         Job.deadline.is_(None) | (Job.deadline > db_now()),
     ]
-    return due if only_job is None else [*due, Job.id == only_job]
+    return conditions if only_job is None else [*conditions, Job.id == only_job]
 
 
 def _has_queued_chunk() -> ColumnElement[bool]:
@@ -89,12 +91,12 @@ def claim(
 
     Best is: job priority, deadline, age; in a job, chunks that never saw a worker die, in order.
     Only one job row is locked, so this cannot deadlock with any other statement. A chunk that
-    must run solo is taken only if the worker is `idle`; else the answer says that it waits, and
-    the worker claims nothing more until it is.
+    must run isolated is taken only if the worker is `idle`; else the answer is `isolated waits`,
+    and the worker claims nothing more until it is idle.
     """
     candidates = (
         select(Job.id)
-        .where(*_due(only_job), Job.checkpoint_key.in_(keys), _has_queued_chunk())
+        .where(*_claimable(only_job), Job.checkpoint_key.in_(keys), _has_queued_chunk())
         .order_by(Job.priority.desc(), Job.deadline.asc().nulls_last(), Job.created_at, Job.id)
         .limit(1)
     )
@@ -111,7 +113,7 @@ def claim(
             Job.priority,
             Job.started_at,
         )
-        .where(*_due(best))
+        .where(*_claimable(best))
         .with_for_update(key_share=True)
     ).one_or_none()
     if job is None:
@@ -125,9 +127,9 @@ def claim(
     ).one_or_none()
     if chunk is None:
         return "again"
-    solo = chunk.deaths >= SOLO_DEATHS
-    if solo and not idle:
-        return "solo waits"
+    isolated = chunk.deaths >= ISOLATE_AFTER_DEATHS
+    if isolated and not idle:
+        return "isolated waits"
     registered = exists().where(Worker.id == worker_id, Worker.state == "ready")
     hit = connection.execute(
         update(Chunk)
@@ -151,7 +153,7 @@ def claim(
         count=chunk.size,
         pass_=chunk.pass_,
         only_code=chunk.only_code,
-        solo=solo,
+        isolated=isolated,
         samples=chunk.samples,
         done=chunk.done,
         failed=chunk.failed,
@@ -166,7 +168,7 @@ def claim(
 
 @dataclass(frozen=True, slots=True)
 class PendingRequest:
-    """A request of a claimed chunk, and which of its samples are still owed."""
+    """A request of a claimed chunk, and which of its samples have no result yet."""
 
     index: int
     position: int
@@ -184,7 +186,11 @@ def load_pending(
     pass_: int,
     only_code: str | None,
 ) -> list[PendingRequest]:
-    """What a chunk owes: samples without a result; in a retry, failed ones of earlier passes."""
+    """Requests that a chunk must still run, with their samples.
+
+    In the first pass those without a result; in a retry those that failed in an earlier pass, with
+    `only_code` alone if that is given.
+    """
     of_request = [Result.job_id == Request.job_id, Result.index == Request.index]
     if pass_ > 1:
         of_request += [Result.error_code.is_not(None), Result.pass_ < pass_]
@@ -218,31 +224,34 @@ def load_pending(
     pending = []
     for row in connection.execute(query):
         samples = {int(sample) for sample in row.listed.split(",")} if row.listed else set()
-        owed = samples if pass_ > 1 else set(range(row.samples)) - samples
-        if owed:
+        remaining = samples if pass_ > 1 else set(range(row.samples)) - samples
+        if remaining:
             pending.append(
-                PendingRequest(row.number, row.position, row.body, row.params, tuple(sorted(owed)))
+                PendingRequest(
+                    row.number, row.position, row.body, row.params, tuple(sorted(remaining))
+                )
             )
     return pending
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A chunk that SQL says a worker holds."""
+    """A chunk that a worker holds by SQL, under this fence."""
 
     fence: int
     job_id: str
     job_state: str
     priority: int = 0
-    """The job's, as it stands now."""
+    """The job's current one: it may have been changed since the claim."""
 
     @property
     def wanted(self) -> bool:
+        """Whether the job still runs: it is neither paused nor ended."""
         return self.job_state in RUNNABLE_JOB_STATES
 
 
 def held_by(connection: Connection, worker_id: str) -> dict[int, Held]:
-    """Which chunks are this worker's own, and whether their jobs still want them."""
+    """The running chunks of a worker by id, with the states of their jobs."""
     rows = connection.execute(
         select(Chunk.id, Chunk.fence, Chunk.job_id, Job.state, Job.priority)
         .join(Job, Job.id == Chunk.job_id)
@@ -257,7 +266,12 @@ def queued_above(
     """The priorities of up to `limit` claimable chunks that go before `priority`, best first."""
     jobs = connection.execute(
         select(Job.id, Job.checkpoint_key, Job.priority)
-        .where(*_due(), Job.checkpoint_key.in_(keys), Job.priority > priority, _has_queued_chunk())
+        .where(
+            *_claimable(),
+            Job.checkpoint_key.in_(keys),
+            Job.priority > priority,
+            _has_queued_chunk(),
+        )
         .order_by(Job.priority.desc())
         .limit(limit)
     ).all()
@@ -274,8 +288,10 @@ def count_queued(
     connection: Connection, key: str, *, limit: int, only_job: str | None = None
 ) -> int:
     """Claimable chunks of a checkpoint, counted up to `limit`."""
-    due = select(Job.id).where(*_due(only_job), Job.checkpoint_key == key)
-    some = select(Chunk.id).where(one_of(Chunk.state, "queued"), Chunk.job_id.in_(due)).limit(limit)
+    jobs = select(Job.id).where(*_claimable(only_job), Job.checkpoint_key == key)
+    some = (
+        select(Chunk.id).where(one_of(Chunk.state, "queued"), Chunk.job_id.in_(jobs)).limit(limit)
+    )
     return connection.execute(select(func.count()).select_from(some.subquery())).scalar_one()
 
 
@@ -283,13 +299,13 @@ def keys_with_work(connection: Connection) -> list[str]:
     """Checkpoint keys for which some chunk is claimable."""
     return list(
         connection.execute(
-            select(Job.checkpoint_key).where(*_due(), _has_queued_chunk()).distinct()
+            select(Job.checkpoint_key).where(*_claimable(), _has_queued_chunk()).distinct()
         ).scalars()
     )
 
 
 def live_slots(connection: Connection, key: str) -> dict[str | None, int]:
-    """Slots of live workers that answer to a key: by the one job that they serve, or None."""
+    """Slots of live workers that serve a key: by the only job of theirs, None for any job."""
     rows = connection.execute(
         select(Worker.only_job, func.sum(Worker.slots))
         .join(ServedCheckpoint, ServedCheckpoint.worker_id == Worker.id)
@@ -304,6 +320,6 @@ def live_slots(connection: Connection, key: str) -> dict[str | None, int]:
 
 
 def job_has_ended(connection: Connection, job_id: str) -> bool:
-    """Whether a job is completed, cancelled or expired (or gone)."""
+    """Whether a job is completed, cancelled, expired or deleted."""
     state = connection.execute(select(Job.state).where(Job.id == job_id)).scalar_one_or_none()
     return state is None or state in ENDED_JOB_STATES

@@ -2,7 +2,7 @@
 
 ::
 
-    (slot) ──► claimed ──► submitted ──► succeeded | failed
+    (time) ──► claimed ──► submitted ──► succeeded | failed
        │          │                          │
        │          └──► failed                └──► claimed again, by a backfill
        └──► skipped ──────────────────────────────►
@@ -44,7 +44,7 @@ _OPEN = ("claimed", "submitted")
 
 
 def _insert(connection: Connection, values: dict[str, Any]) -> int | None:
-    """Adds a firing; None if its slot has one already."""
+    """Adds a firing; None if its scheduled time has one already."""
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
     return connection.execute(
         dialect.insert(Firing).values(**values).on_conflict_do_nothing().returning(Firing.id)
@@ -54,17 +54,17 @@ def _insert(connection: Connection, values: dict[str, Any]) -> int | None:
 def skip(
     connection: Connection,
     schedule_id: int,
-    slot: datetime,
+    scheduled_for: datetime,
     reason: str,
     *,
     since: datetime | None = None,
 ) -> int | None:
-    """Records that a slot, or all slots from `since` to it, did not fire; None if it is there."""
+    """Records that a time, or all from `since` to it, did not fire; None if it is recorded."""
     return _insert(
         connection,
         {
             "schedule_id": schedule_id,
-            "scheduled_for_utc": slot,
+            "scheduled_for_utc": scheduled_for,
             "since_utc": since,
             "state": "skipped",
             "reason": reason,
@@ -76,18 +76,18 @@ def skip(
 def claim(
     connection: Connection,
     schedule_id: int,
-    slot: datetime,
+    scheduled_for: datetime,
     holder: str,
     *,
     kind: str = "due",
     lease_seconds: float,
 ) -> int | None:
-    """Takes a slot that has no firing yet; None if it has one that is not this holder's."""
+    """Takes a scheduled time without a firing; None if it has one that is not this holder's."""
     made = _insert(
         connection,
         {
             "schedule_id": schedule_id,
-            "scheduled_for_utc": slot,
+            "scheduled_for_utc": scheduled_for,
             "kind": kind,
             "state": "claimed",
             "attempts": 1,
@@ -101,7 +101,7 @@ def claim(
     return connection.execute(
         select(Firing.id).where(
             Firing.schedule_id == schedule_id,
-            Firing.scheduled_for_utc == slot,
+            Firing.scheduled_for_utc == scheduled_for,
             one_of(Firing.state, "claimed"),
             Firing.claimed_by == holder,
         )
@@ -111,7 +111,7 @@ def claim(
 def claim_again(
     connection: Connection, firing_id: int, holder: str, *, lease_seconds: float
 ) -> bool:
-    """Takes a slot that was skipped or has failed, for a backfill."""
+    """Takes a firing that was skipped or has failed, for a backfill."""
     hit = connection.execute(
         update(Firing)
         .where(

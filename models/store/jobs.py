@@ -43,8 +43,10 @@ from models.job import (
 )
 from nightherd.errors import ConflictError, NotFoundError
 
-_FETCH = 10_000
-_SPAN = 20_000
+_FETCH_ROWS = 10_000
+"""Rows that are read from the database at a time."""
+_MAX_SPAN = 20_000
+"""Positions that a chunk of a retry covers at most."""
 
 ChunkRow = Row[*tuple[Any, ...]]
 
@@ -68,7 +70,7 @@ def _lock_job(connection: Connection, job_id: str) -> str:
 
 
 def _cancelled_chunk(done: Any, failed: Any) -> dict[str, Any]:
-    # What a retry did not get to counts as failed again: the old errors are still in `results`.
+    # What a retry has not run counts as failed again: the old errors are still in `results`.
     failed = case((Chunk.pass_ > 1, Chunk.samples - done), else_=failed)
     return {"state": "cancelled", "failed": failed, "finished_at": db_now()}
 
@@ -85,8 +87,8 @@ def returned_chunk(
     return {"worker_id": None, "state": "queued"}
 
 
-def _end(connection: Connection, job_id: str, state: str) -> None:
-    """Ends a locked, open job early. What runs is left to its holder, who saves what finished."""
+def _end_early(connection: Connection, job_id: str, state: str) -> None:
+    """Ends a locked, open job. Running chunks are left to their holders, who save what finished."""
     connection.execute(
         update(Job)
         .where(Job.id == job_id, Job.state.in_(OPEN_JOB_STATES))
@@ -106,7 +108,7 @@ def cancel(connection: Connection, job_id: str) -> bool:
         return False
     if state not in OPEN_JOB_STATES:
         raise ConflictError(f"job {job_id} is {state}; only an open job can be cancelled")
-    _end(connection, job_id, "cancelled")
+    _end_early(connection, job_id, "cancelled")
     return True
 
 
@@ -126,7 +128,7 @@ def pause(connection: Connection, job_id: str) -> bool:
 
 
 def resume(connection: Connection, job_id: str) -> bool:
-    """Makes a paused job claimable again; False if it was."""
+    """Makes a paused job claimable again; False if it is not paused."""
     state = _lock_job(connection, job_id)
     if state in RUNNABLE_JOB_STATES:
         return False
@@ -141,7 +143,7 @@ def resume(connection: Connection, job_id: str) -> bool:
 
 
 def change(connection: Connection, job_id: str, values: dict[str, Any]) -> None:
-    """Sets `priority`, `deadline` or `not_before` of an open job; the next claim heeds them."""
+    """Sets `priority`, `deadline` or `not_before` of an open job, for the next claims."""
     state = _lock_job(connection, job_id)
     if state not in OPEN_JOB_STATES:
         raise ConflictError(f"job {job_id} is {state}; only an open job can be changed")
@@ -149,7 +151,7 @@ def change(connection: Connection, job_id: str, values: dict[str, Any]) -> None:
 
 
 def _has_open_chunk() -> Any:
-    # One question a state: each has its partial index, however many chunks are done.
+    # One EXISTS a state: each has its partial index, however many chunks are done.
     return (
         exists().where(Chunk.job_id == Job.id, one_of(Chunk.state, "queued"))
         | exists().where(Chunk.job_id == Job.id, one_of(Chunk.state, "running"))
@@ -171,7 +173,7 @@ def complete_ended(connection: Connection, job_ids: Iterable[str]) -> list[str]:
 
 
 def complete_all(connection: Connection) -> list[str]:
-    """The tick's net under `complete_ended`: open jobs without an open chunk."""
+    """Completes all open jobs without an open chunk: in the tick, for what a save has missed."""
     candidates = connection.execute(
         select(Job.id).where(one_of(Job.state, *OPEN_JOB_STATES), ~_has_open_chunk())
     ).scalars()
@@ -189,7 +191,7 @@ def expire_overdue(connection: Connection) -> list[str]:
     ).scalars()
     expired = list(overdue)
     for job_id in expired:
-        _end(connection, job_id, "expired")
+        _end_early(connection, job_id, "expired")
     return expired
 
 
@@ -199,8 +201,8 @@ def retry(connection: Connection, job_id: str, *, only_code: str | None, chunk_s
     A failed sample moves from the counters of the chunk that counted it to those of the new one;
     its old error stays in `results` until the new result replaces it. Chunks of the first pass may
     still be open: what fails in them is for a later retry. Repeated while the same retry is open,
-    it changes nothing and returns what that one still owes. A completed job loses a deadline that
-    has passed.
+    it changes nothing and returns how many samples that one has left. A completed job loses a
+    deadline that has passed.
     """
     state = _lock_job(connection, job_id)
     if state in ("cancelled", "expired"):
@@ -212,7 +214,7 @@ def retry(connection: Connection, job_id: str, *, only_code: str | None, chunk_s
             Chunk.state,
             Chunk.first_position,
             Chunk.only_code,
-            (Chunk.samples - Chunk.done - Chunk.failed).label("owed"),
+            (Chunk.samples - Chunk.done - Chunk.failed).label("pending"),
         )
         .where(Chunk.job_id == job_id)
         .order_by(Chunk.first_position)
@@ -221,7 +223,7 @@ def retry(connection: Connection, job_id: str, *, only_code: str | None, chunk_s
     if running and running[0].only_code != only_code:
         raise ConflictError(f"another retry of job {job_id} is still running; wait for its end")
     if running:
-        return sum(row.owed for row in running)
+        return sum(row.pending for row in running)
     moved: Counter[int] = Counter()
     barriers = [row.first_position for row in chunks if row.state in OPEN_CHUNK_STATES]
     new = [
@@ -240,11 +242,11 @@ def retry(connection: Connection, job_id: str, *, only_code: str | None, chunk_s
     ]
     if not new:
         return 0
-    of_old = bindparam("moved", type_=Integer())
+    moved_samples = bindparam("moved", type_=Integer())
     connection.execute(
         update(Chunk)
         .where(Chunk.id == bindparam("chunk"))
-        .values(samples=Chunk.samples - of_old, failed=Chunk.failed - of_old),
+        .values(samples=Chunk.samples - moved_samples, failed=Chunk.failed - moved_samples),
         [{"chunk": chunk_id, "moved": count} for chunk_id, count in sorted(moved.items())],
     )
     connection.execute(insert(Chunk), new)
@@ -267,18 +269,18 @@ def _failures(
     chunks: Sequence[ChunkRow],
     moved: Counter[int],
 ) -> Iterator[int]:
-    """Positions of failed samples of chunks that are done, in order; counts them by chunk."""
+    """Positions of failed samples of `done` chunks, in order; counts them by chunk into `moved`."""
     # A subquery a row, not a join: see `load_pending`.
-    where = (
+    position = (
         select(Request.position)
         .where(Request.job_id == Result.job_id, Request.index == Result.index)
         .scalar_subquery()
         .label("position")
     )
     failed = (
-        select(where, Result.pass_)
+        select(position, Result.pass_)
         .where(Result.job_id == job_id, Result.error_code.is_not(None))
-        .order_by(where)
+        .order_by(position)
     )
     if only_code is not None:
         failed = failed.where(Result.error_code == only_code)
@@ -286,13 +288,13 @@ def _failures(
     for row in chunks:
         passes.setdefault(row.pass_, []).append(row)
     firsts = {pass_: [row.first_position for row in rows] for pass_, rows in passes.items()}
-    rows = connection.execute(failed, execution_options={"yield_per": _FETCH})
-    for position, pass_ in rows:
+    rows = connection.execute(failed, execution_options={"yield_per": _FETCH_ROWS})
+    for failed_at, pass_ in rows:
         # The chunks of one pass do not overlap.
-        chunk = passes[pass_][bisect(firsts[pass_], position) - 1]
+        chunk = passes[pass_][bisect(firsts[pass_], failed_at) - 1]
         if chunk.state == "done":
             moved[chunk.id] += 1
-            yield position
+            yield failed_at
 
 
 def _ranges(
@@ -300,14 +302,15 @@ def _ranges(
 ) -> Iterator[tuple[int, int, int]]:
     """Groups sorted positions, one a sample, into (first, last, samples) of `size` requests.
 
-    No range holds a barrier, the first position of an open chunk: what that one still finds to
-    fail would be owed by both. None spans more than `_SPAN`, which bounds what its claim reads.
+    No range reaches across a barrier, the first position of an open chunk: what fails in that
+    chunk later would be counted by both. None spans more than `_MAX_SPAN` positions, which bounds
+    what its claim reads.
     """
     first = last = -1
     requests = samples = 0
     for position in positions:
         if position != last:
-            over = requests == size or position - first >= _SPAN
+            over = requests == size or position - first >= _MAX_SPAN
             if requests and (over or bisect(barriers, position) != bisect(barriers, last)):
                 yield first, last, samples
                 requests = samples = 0

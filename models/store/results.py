@@ -19,7 +19,7 @@ ResultRow = Mapping[str, Any]
 
 @dataclass(slots=True)
 class ChunkSave:
-    """What a holder writes of one chunk. The counters are absolute: repeating a save is safe."""
+    """What a holder saves of one chunk. The counters are absolute: repeating a save is safe."""
 
     chunk_id: int
     job_id: str
@@ -31,7 +31,7 @@ class ChunkSave:
     completion_tokens: int
     results: Sequence[ResultRow] = field(default_factory=list)
     end: Literal["done", "return"] | None = None
-    """`done`: nothing is owed any more; `return`: the rest goes back to the queue."""
+    """`done`: all samples have results; `return`: the rest is queued again; None: it runs on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""A schedule's own row: add, change, pause, resume, remove, and moving on to its next slot.
+"""A schedule's own row: add, change, pause, resume, remove, move on to its next scheduled time.
 
-`next_at` is the first slot that no beat has looked at. It only moves forward, so a clock that goes
-back fires nothing twice; the unique slot of a firing is the second guard.
+`next_at` is the first scheduled time that no beat has looked at. It only moves forward, so a clock
+that goes back fires nothing twice; the unique scheduled time of a firing is the second guard.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def add(connection: Connection, new: NewSchedule, *, repeated: bool = False) -> 
 def set_next(
     connection: Connection, schedule_id: int, values: dict[str, Any], next_at: datetime | None
 ) -> None:
-    """Sets columns and the next slot of a locked schedule whose rule has changed."""
+    """Sets columns and the next scheduled time of a locked schedule whose rule has changed."""
     connection.execute(
         update(Schedule).where(Schedule.id == schedule_id).values(**values, next_at=next_at)
     )
@@ -79,7 +79,7 @@ def change(connection: Connection, schedule_id: int, values: dict[str, Any]) -> 
 
 
 def pause(connection: Connection, schedule_id: int) -> bool:
-    """From now on no slot is looked at; False if it was paused already."""
+    """From now on no scheduled time is looked at; False if it was paused already."""
     hit = connection.execute(
         update(Schedule)
         .where(Schedule.id == schedule_id, Schedule.paused.is_(False))
@@ -151,7 +151,7 @@ def lock_due(
 def advance(
     connection: Connection, schedule_id: int, *, seen: datetime, to: datetime | None
 ) -> bool:
-    """Moves on from the slot `seen`; False if another did."""
+    """Moves on from the scheduled time `seen`; False if another did."""
     hit = connection.execute(
         update(Schedule)
         .where(Schedule.id == schedule_id, Schedule.next_at == seen, Schedule.paused.is_(False))

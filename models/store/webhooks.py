@@ -5,10 +5,10 @@
     waiting ──► due ──► delivered      (a 2xx was recorded)
        │        │ └──► failed          (attempts exhausted, or the receiver is gone)
        ▼        └─ again after a pause, each attempt a claim that lapses
-    dropped  (the end came, and it was not the one that was waited for)
+    dropped  (the job ended otherwise than the webhook is for)
 
-At least once: a claim whose courier dies is claimed again. Never again after a recorded 2xx: every
-statement here asks for `due`.
+At least once: if the process that claimed a delivery dies, it is claimed again. Not again after a
+recorded 2xx: every statement here has `due` in its WHERE.
 """
 
 from __future__ import annotations
@@ -39,20 +39,21 @@ def expect(
     on_complete: str | None,
     on_failure: str | None,
 ) -> None:
-    """What is to be told when the job ends; in the transaction that makes it live.
+    """Inserts the webhooks of a job or a firing, `waiting` for its end.
 
-    Repeated, it changes nothing. With a job `firing_id` is not noted: the job knows its own, and
-    what is still to be told must not go with a firing that history forgets.
+    To be called in the transaction that makes the job live; repeated, it changes nothing. With
+    `job_id`, `firing_id` is not stored: the job has its own, and a webhook that is still to be
+    delivered must not be deleted with a firing that is beyond the history's limits.
     """
     wanted = {"complete": on_complete, "failure": on_failure}
     if on_complete is None and on_failure is None:
         return
     if job_id is not None:
         firing_id = None
-    of_this = Webhook.job_id == job_id if job_id is not None else Webhook.firing_id == firing_id
-    there = set(connection.execute(select(Webhook.occasion).where(of_this)).scalars())
+    own = Webhook.job_id == job_id if job_id is not None else Webhook.firing_id == firing_id
+    inserted = set(connection.execute(select(Webhook.occasion).where(own)).scalars())
     for occasion, url in wanted.items():
-        if url is not None and occasion not in there:
+        if url is not None and occasion not in inserted:
             connection.execute(
                 insert(Webhook).values(
                     id=secrets.token_hex(16),
@@ -68,9 +69,9 @@ def expect(
 def firing_failed(
     connection: Connection, firing_id: int, event: str, url: str | None, data: dict[str, Any]
 ) -> None:
-    """A firing ended badly without a job: due at once, where there is a URL to tell.
+    """Inserts the webhook of a firing that failed without a job, due at once; none without `url`.
 
-    In the transaction whose guarded update ended the firing, which is what makes it happen once.
+    To be called in the transaction whose guarded update ended the firing: so it happens once.
     `event` is the body's type, as `firing.failed`; `data` is JSON.
     """
     if url is None:
@@ -89,46 +90,46 @@ def firing_failed(
     )
 
 
-def _is(state: str) -> Any:
-    # SQLite uses a partial index only for the very words of its condition.
+def _open_in(state: str) -> Any:
+    # SQLite uses a partial index only where the WHERE repeats its condition word by word.
     return one_of(Webhook.state, "waiting", "due") & one_of(Webhook.state, state)
 
 
-def _at_rest() -> Any:
-    """Its job has ended, and nobody still saves what had finished: the counts are final."""
+def _job_is_final() -> Any:
+    """Its job has ended, and no worker still saves what had finished: the counts are final."""
     running = exists().where(Chunk.job_id == Job.id, one_of(Chunk.state, "running"))
     return (Webhook.job_id == Job.id) & Job.state.in_(ENDED_JOB_STATES) & ~running
 
 
-def look(connection: Connection, *, most: int) -> tuple[bool, int]:
-    """Whether something ended that was waited for, and how many (up to `most`) are due now.
+def poll(connection: Connection, *, limit: int) -> tuple[bool, int]:
+    """Whether there is work for `make_due`, and how many (up to `limit`) are due now.
 
     One statement, over the index of open webhooks alone.
     """
-    ended = exists().where(_is("waiting"), _at_rest())
-    due = select(Webhook.id).where(_due_now()).limit(most).subquery()
+    ended = exists().where(_open_in("waiting"), _job_is_final())
+    due = select(Webhook.id).where(_due_now()).limit(limit).subquery()
     count = select(func.count()).select_from(due).scalar_subquery()
     row = connection.execute(select(ended.label("ended"), count.label("due"))).one()
     return bool(row.ended), int(row.due)
 
 
-def settle(connection: Connection) -> int:
+def make_due(connection: Connection) -> int:
     """Makes webhooks of ended jobs `due`, their bodies fixed, or `dropped`; returns how many.
 
-    A page of them: call it again, in a new transaction, until it returns 0.
+    It takes a page of them: call it again, in a new transaction, until it returns 0.
     """
     waiting = connection.execute(
         select(Webhook.id, Webhook.occasion, Webhook.job_id)
-        .join(Job, _at_rest())
-        .where(_is("waiting"))
+        .join(Job, _job_is_final())
+        .where(_open_in("waiting"))
         .order_by(Webhook.id)
         .limit(_PAGE)
         .with_for_update(of=Webhook, skip_locked=True)
     ).all()
-    ends = _ends(connection, sorted({row.job_id for row in waiting}))
+    ended = _ended_jobs(connection, sorted({row.job_id for row in waiting}))
     for row in waiting:
         values: dict[str, Any] = {"state": "dropped", "finished_at": db_now()}
-        end = ends[row.job_id]
+        end = ended[row.job_id]
         kind = _event(row.occasion, end)
         if kind is not None:
             body = {"type": kind, "timestamp": end["finished_at"], "data": end}
@@ -150,8 +151,8 @@ def _event(occasion: str, end: dict[str, Any]) -> str | None:
     return f"job.{end['state']}"
 
 
-def _ends(connection: Connection, job_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """How these jobs ended, as the data of a body."""
+def _ended_jobs(connection: Connection, job_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """How these jobs ended, by id, each as the `data` of a body."""
 
     def total(name: str) -> Any:
         column = getattr(Chunk, name)
@@ -162,11 +163,11 @@ def _ends(connection: Connection, job_ids: Sequence[str]) -> dict[str, dict[str,
             .label(name)
         )
 
-    sums = ("done", "failed", "prompt_tokens", "completion_tokens")
+    counters = ("done", "failed", "prompt_tokens", "completion_tokens")
     rows = connection.execute(
         select(
             Job,
-            *(total(name) for name in sums),
+            *(total(name) for name in counters),
             Schedule.name.label("schedule"),
             Firing.scheduled_for_utc,
         )
@@ -174,10 +175,13 @@ def _ends(connection: Connection, job_ids: Sequence[str]) -> dict[str, dict[str,
         .outerjoin(Schedule, Schedule.id == Firing.schedule_id)
         .where(Job.id.in_(job_ids))
     )
-    return {row.id: _end(row, {name: int(getattr(row, name)) for name in sums}) for row in rows}
+    return {
+        row.id: _body_data(row, {name: int(getattr(row, name)) for name in counters})
+        for row in rows
+    }
 
 
-def _end(job: Row[Any], sums: dict[str, int]) -> dict[str, Any]:
+def _body_data(job: Row[Any], sums: dict[str, int]) -> dict[str, Any]:
     return {
         "job": job.id,
         "name": job.name,
@@ -200,12 +204,12 @@ def _iso(time: datetime | None) -> str | None:
 
 
 def _due_now() -> Any:
-    return _is("due") & (Webhook.next_attempt_at <= db_now())
+    return _open_in("due") & (Webhook.next_attempt_at <= db_now())
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """An attempt that somebody has claimed; `attempt` counts from 1."""
+    """An attempt that the caller has claimed; `attempt` counts from 1."""
 
     id: str
     url: str
@@ -220,11 +224,11 @@ def claim(
     attempts: int,
     job_id: str | None = None,
 ) -> Delivery | None:
-    """Claims the delivery that is due for longest, or (`job_id`) one of this job's; None: none is.
+    """Claims the delivery that has been due for longest, or (`job_id`) one of this job's.
 
-    Nobody else claims it before `lease_seconds` are over. What has had all its attempts is
-    `failed` on the way: whoever claimed it last died before it could say so. Repeated after a
-    commit whose answer was lost, it takes another one; the first lapses.
+    None if none is due. No other process can claim it before `lease_seconds` are over. A delivery
+    that is due and has used up its attempts becomes `failed`: the process that claimed it last has
+    died. Repeated after a commit whose answer was lost, it claims another one; the first lapses.
     """
     due = _due_now() if job_id is None else _due_now() & (Webhook.job_id == job_id)
     while True:
@@ -252,7 +256,7 @@ def claim(
 
 
 def delivered(connection: Connection, webhook_id: str, status: int) -> None:
-    """A 2xx came: it ends here, whoever else may have claimed it meanwhile."""
+    """The receiver answered 2xx: delivered, whichever process may have claimed it meanwhile."""
     connection.execute(
         update(Webhook)
         .where(Webhook.id == webhook_id, one_of(Webhook.state, "due"))
@@ -276,16 +280,16 @@ def not_delivered(
 ) -> None:
     """An attempt failed: the next one is due after `retry_seconds`; None: there is none.
 
-    Misses where the claim has lapsed and another has begun an attempt.
+    Changes nothing where the claim has lapsed and another process has begun an attempt.
     """
-    mine = (Webhook.id == delivery.id) & (Webhook.attempts == delivery.attempt)
+    own_claim = (Webhook.id == delivery.id) & (Webhook.attempts == delivery.attempt)
     still_due = one_of(Webhook.state, "due")
     values: dict[str, Any] = {"last_status": status, "last_error": error}
     if retry_seconds is not None:
         values["next_attempt_at"] = db_now(retry_seconds)
     else:
         values |= _FAILED
-    connection.execute(update(Webhook).where(mine, still_due).values(**values))
+    connection.execute(update(Webhook).where(own_claim, still_due).values(**values))
 
 
 def of_job(connection: Connection, job_id: str) -> Sequence[Row[*tuple[Any, ...]]]:

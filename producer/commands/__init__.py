@@ -1,0 +1,1 @@
+"""The command line, but for what needs torch or a worker."""

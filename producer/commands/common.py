@@ -23,7 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def load() -> tuple[Settings, Database]:
     """The settings and the open database."""
     from nightherd.settings import load_settings
-    from producer.database import open_database
+    from producer.fleet.open_database import open_database
 
     settings = load_settings()
     return settings, open_database(settings)
@@ -41,7 +41,7 @@ def write(database: Database, work: Callable[[Connection], T]) -> T:
 
 def resolve(database: Database, prefix: str) -> str:
     """A job's whole id from any unique beginning of it."""
-    from producer.status import find_job
+    from producer.jobs.status import find_job
 
     return str(read(database, lambda connection: find_job(connection, prefix)))
 

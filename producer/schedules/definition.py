@@ -15,13 +15,14 @@ from nightherd.errors import UsageError
 from nightherd.params import effective_params
 from nightherd.settings import Settings
 from nightherd.structured import check_structure
-from producer.checkpoint_limits import limits_at_hand
-from producer.cron import parse_rule
-from producer.inputs import Moment, check_source, fill
-from producer.job_options import prepare
-from producer.tasks import parse_schema
-from producer.templates import one_line, unstorable
-from producer.webhooks import check as check_webhooks
+from producer.inputs.moment import Moment, fill
+from producer.inputs.source import check_source
+from producer.jobs.limits import cached_limits
+from producer.jobs.options import prepare
+from producer.prompts.template import one_line, unstorable
+from producer.schedules.cron import parse_rule
+from producer.tasks.registry import parse_schema
+from producer.webhooks.urls import check_urls
 
 MAX_NAME = 200
 _GLOB = ("*", "?", "[")
@@ -88,12 +89,12 @@ def check(definition: Definition, settings: Settings) -> list[str]:
     moment = Moment(scheduled_for=now, previous=now, firing=1)
     prepared = prepare(definition.options, {"scheduled_for": now, "firing": 1})
     check_structure(effective_params(None, prepared.params))
-    limits = limits_at_hand(prepared.checkpoint_key, settings.home)
+    limits = cached_limits(prepared.checkpoint_key, settings.home)
     if limits is not None:
         limits.check_params(prepared.params)
     check_source(definition.input)
     urls = {name: definition.options[name] for name in ("on_complete", "on_failure")}
-    check_webhooks(settings, **urls)
+    check_urls(settings, **urls)
     _check_output(definition.options["output"], moment)
     return _notices(definition.input)
 

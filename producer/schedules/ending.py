@@ -15,12 +15,12 @@ from models.database import Database
 from models.store import firings
 from models.store.firings import FiringRow
 from nightherd.errors import DatabaseError, NightherdError, UsageError
-from producer.cron import show_utc
-from producer.export import ExportOptions, iterate_results
-from producer.outputs import open_output, write_rows
-from producer.schedules.firing import tell_failure
-from producer.schedules.lease import Hold, Holder, LostError
-from producer.templates import one_line
+from producer.prompts.template import one_line
+from producer.results.export import ExportOptions, iterate_results
+from producer.results.file import open_output, write_rows
+from producer.schedules.cron import show_utc
+from producer.schedules.firing import queue_failure_webhook
+from producer.schedules.hold import Hold, Holder, LeaseLostError
 
 log = logging.getLogger("nightherd.schedules")
 
@@ -40,20 +40,20 @@ def end_all(database: Database, holder: Holder) -> list[Ended]:
     done: list[Ended] = []
     while True:
         rows = database.retrying(lambda c: firings.ended(c, limit=_AT_ONCE), reading=True)
-        new = [ended for row in rows if (ended := _end(database, holder, row)) is not None]
+        new = [ended for row in rows if (ended := _end_firing(database, holder, row)) is not None]
         done += new
         schedules = {row.schedule_id: row for row in rows}
         for row in schedules.values():
-            _keep_limits(database, row)
-        # Where none could be ended, others are at them.
+            _prune_history(database, row)
+        # Where none could be ended, other processes are ending them.
         if len(rows) < _AT_ONCE or not new:
             return done
 
 
-def _end(database: Database, holder: Holder, row: FiringRow) -> Ended | None:
-    state, reason = verdict(row)
+def _end_firing(database: Database, holder: Holder, row: FiringRow) -> Ended | None:
+    state, reason = outcome_of(row)
     if row.output is None or row.job_state != "completed":
-        return _write_down(database, row, state, reason, None)
+        return _record_end(database, row, state, reason, None)
     mine = database.retrying(
         lambda connection: firings.claim_end(
             connection, row.id, holder.id, lease_seconds=holder.lease_seconds
@@ -65,21 +65,21 @@ def _end(database: Database, holder: Holder, row: FiringRow) -> Ended | None:
     try:
         with holder.hold(row.id) as hold:
             _write_output(database, row, hold)
-    except LostError:
+    except LeaseLostError:
         return None
     except DatabaseError:
         raise
     except (NightherdError, OSError) as error:
         broken = True
-        state, reason = "failed", one_line(_kept(row, str(error)), _MAX_REASON)
+        state, reason = "failed", one_line(_with_remedy(row, str(error)), _MAX_REASON)
     except Exception as error:
         broken = True
         log.exception("the output of firing %s of %s", row.id, row.name)
-        state, reason = "failed", one_line(_kept(row, repr(error)), _MAX_REASON)
-    return _write_down(database, row, state, reason, holder.id, tell=broken)
+        state, reason = "failed", one_line(_with_remedy(row, repr(error)), _MAX_REASON)
+    return _record_end(database, row, state, reason, holder.id, tell=broken)
 
 
-def verdict(row: FiringRow) -> tuple[str, str | None]:
+def outcome_of(row: FiringRow) -> tuple[str, str | None]:
     """A firing's end by its job's; `row` is of `firings.ended`."""
     samples = row.done + row.failed
     if row.job is None:
@@ -95,7 +95,7 @@ def verdict(row: FiringRow) -> tuple[str, str | None]:
     return "succeeded", f"{row.failed:,} of {samples:,} samples failed {how}"
 
 
-def _kept(row: FiringRow, error: str) -> str:
+def _with_remedy(row: FiringRow, error: str) -> str:
     return (
         f"{error.rstrip('.')}; the results are kept in the database: "
         f"nightherd results {row.job} -o FILE writes them"
@@ -108,8 +108,8 @@ def _write_output(database: Database, row: FiringRow, hold: Hold) -> None:
     results = iterate_results(database, row.job, ExportOptions(with_metadata=keep))
     _make_folder(row.output)
     with open_output(row.output) as file:
-        write_rows(_watched(results, hold), file)
-        hold.move()
+        write_rows(_with_heartbeats(results, hold), file)
+        hold.heartbeat()
 
 
 def _make_folder(path: str) -> None:
@@ -120,14 +120,14 @@ def _make_folder(path: str) -> None:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _watched(rows: Iterable[Any], hold: Hold) -> Iterator[Any]:
+def _with_heartbeats(rows: Iterable[Any], hold: Hold) -> Iterator[Any]:
     for number, row in enumerate(rows):
         if number % 1_000 == 0:
-            hold.move()
+            hold.heartbeat()
         yield row
 
 
-def _write_down(
+def _record_end(
     database: Database,
     row: FiringRow,
     state: str,
@@ -140,17 +140,17 @@ def _write_down(
         if not firings.end(connection, row.id, state, reason, holder=holder_id):
             return False
         if tell:
-            tell_failure(connection, row, "firing.failed", reason or "")
+            queue_failure_webhook(connection, row, "firing.failed", reason or "")
         return True
 
     if not database.retrying(write):
         return None
-    slot = show_utc(row.scheduled_for_utc)
-    log.info("%s of %s %s%s", row.name, slot, state, f": {reason}" if reason else "")
+    time_shown = show_utc(row.scheduled_for_utc)
+    log.info("%s of %s %s%s", row.name, time_shown, state, f": {reason}" if reason else "")
     return Ended(row.id, state, reason)
 
 
-def _keep_limits(database: Database, row: FiringRow) -> None:
+def _prune_history(database: Database, row: FiringRow) -> None:
     for state, keep in (("succeeded", row.keep_succeeded), ("failed", row.keep_failed)):
         if keep is not None:
             _prune(database, row.schedule_id, state, keep)
@@ -163,4 +163,4 @@ def _prune(database: Database, schedule_id: int, state: str, keep: int) -> None:
 
 
 KEEP_SKIPPED = 1_000
-"""Rows of skipped slots that a schedule keeps."""
+"""Rows of skipped scheduled times that a schedule keeps."""

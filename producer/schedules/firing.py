@@ -16,12 +16,13 @@ from models.store.firings import FiringRow
 from models.store.schedules import ScheduleRow
 from nightherd.errors import DatabaseError, InputError, NightherdError
 from nightherd.settings import Settings
-from producer.cron import parse_rule, show_utc
-from producer.inputs import Moment, fill, open_source
-from producer.job_options import prepare
-from producer.schedules.lease import Holder, LostError
-from producer.submit import JobOptions, Limits, SubmittedJob, submit
-from producer.templates import one_line
+from producer.inputs.moment import Moment, fill
+from producer.inputs.source import open_source
+from producer.jobs.create import JobOptions, Limits, SubmittedJob, submit
+from producer.jobs.options import prepare
+from producer.prompts.template import one_line
+from producer.schedules.cron import parse_rule, show_utc
+from producer.schedules.hold import Holder, LeaseLostError
 
 log = logging.getLogger("nightherd.schedules")
 
@@ -30,7 +31,7 @@ _MAX_REASON = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class FiringClaim:
     """A firing that is to be made, with what its schedule says of it."""
 
     id: int
@@ -44,17 +45,17 @@ class Claim:
     concurrency: str
 
     @classmethod
-    def of(cls, row: FiringRow) -> Claim:
+    def of(cls, row: FiringRow) -> FiringClaim:
         """From a row of `firings.get`."""
         return cls(**{field.name: getattr(row, field.name) for field in fields(cls)})
 
     @classmethod
-    def first(cls, firing_id: int, schedule: ScheduleRow, slot: datetime) -> Claim:
-        """Of a slot that was due."""
+    def first(cls, firing_id: int, schedule: ScheduleRow, scheduled_for: datetime) -> FiringClaim:
+        """The first claim of a scheduled time that was due."""
         return cls(
             firing_id,
             "due",
-            slot,
+            scheduled_for,
             schedule.name,
             schedule.cron,
             schedule.timezone,
@@ -77,7 +78,7 @@ class Fired:
     """Another holder has it: this one's job was discarded."""
 
 
-def moment_of(row: Claim) -> Moment:
+def moment_of(row: FiringClaim) -> Moment:
     """What `{{ scheduled_for }}`, `{{ firing }}` and `:previous` are."""
     rule = parse_rule(row.cron, row.timezone)
     previous = rule.previous(row.scheduled_for_utc) if "sql" in row.input else None
@@ -92,7 +93,7 @@ def fire(
     database: Database,
     settings: Settings,
     holder: Holder,
-    row: Claim,
+    row: FiringClaim,
     known_limits: Limits | None = None,
 ) -> Fired:
     """Makes the job of a firing that `holder` has claimed.
@@ -102,8 +103,8 @@ def fire(
     """
     try:
         with holder.hold(row.id) as hold:
-            return _store(database, settings, holder, row, hold.move, known_limits)
-    except LostError:
+            return _store(database, settings, holder, row, hold.heartbeat, known_limits)
+    except LeaseLostError:
         log.warning("firing %s of %s was taken over by another beat", row.id, row.name)
         return Fired(row.id, lost=True)
     except DatabaseError:
@@ -122,7 +123,7 @@ def _store(
     database: Database,
     settings: Settings,
     holder: Holder,
-    row: Claim,
+    row: FiringClaim,
     progress: Any,
     known_limits: Limits | None,
 ) -> Fired:
@@ -132,7 +133,7 @@ def _store(
     prepared = prepare(options, variables)
     output = options["output"] and fill(options["output"], moment, "--output")
 
-    def live(connection: Connection, job_id: str) -> None:
+    def before_commit(connection: Connection, job_id: str) -> None:
         mine = firings.submit(
             connection,
             row.id,
@@ -142,7 +143,7 @@ def _store(
             replace=row.concurrency == "replace" and row.kind != "backfill",
         )
         if not mine:
-            raise LostError
+            raise LeaseLostError
         webhooks.expect(
             connection,
             job_id=job_id,
@@ -163,21 +164,21 @@ def _store(
                 name=row.name,
                 template=prepared.template,
                 priority=options["priority"],
-                not_before=_later(database, options["not_before_seconds"]),
-                deadline=_later(database, options["deadline_seconds"]),
+                not_before=_after(database, options["not_before_seconds"]),
+                deadline=_after(database, options["deadline_seconds"]),
                 submitted_by=options["submitted_by"],
                 firing_id=row.id,
             ),
             source=source,
             progress=progress,
-            live=live,
+            before_commit=before_commit,
             known_limits=known_limits,
         )
     log.info("%s fired for %s: job %s", row.name, show_utc(row.scheduled_for_utc), job.id)
     return Fired(row.id, job, prepared.checkpoint_key)
 
 
-def _later(database: Database, seconds: float | None) -> datetime | None:
+def _after(database: Database, seconds: float | None) -> datetime | None:
     return None if seconds is None else database.now() + timedelta(seconds=seconds)
 
 
@@ -191,13 +192,13 @@ def reason_of(error: NightherdError) -> str:
     return one_line(text, _MAX_REASON)
 
 
-def _failed(database: Database, holder: Holder, row: Claim, error: NightherdError) -> Fired:
+def _failed(database: Database, holder: Holder, row: FiringClaim, error: NightherdError) -> Fired:
     reason = reason_of(error)
 
     def write(connection: Connection) -> bool:
         if not firings.fail_claimed(connection, row.id, holder.id, reason):
             return False
-        tell_failure(connection, row, "firing.failed", reason)
+        queue_failure_webhook(connection, row, "firing.failed", reason)
         return True
 
     database.retrying(write)
@@ -205,8 +206,8 @@ def _failed(database: Database, holder: Holder, row: Claim, error: NightherdErro
     return Fired(row.id, error=error)
 
 
-def tell_failure(connection: Connection, row: Any, event: str, reason: str) -> None:
-    """A webhook for a firing that failed by itself; `row` has the schedule's name and options."""
+def queue_failure_webhook(connection: Connection, row: Any, event: str, reason: str) -> None:
+    """Queues a webhook for a firing that failed; `row` has the schedule's name and options."""
     webhooks.firing_failed(
         connection,
         row.id,

@@ -114,9 +114,9 @@ def schedule_views(connection: Connection, name: str | None = None) -> list[Sche
 
 
 def _last_firings(connection: Connection, ids: list[int] | None) -> Mapping[int, FiringView]:
-    """The firing of the latest slot of each schedule."""
+    """The firing of the latest scheduled time of each schedule."""
     latest = select(
-        Firing.schedule_id, func.max(Firing.scheduled_for_utc).label("slot")
+        Firing.schedule_id, func.max(Firing.scheduled_for_utc).label("latest")
     ).group_by(Firing.schedule_id)  # fmt: skip
     if ids is not None:
         latest = latest.where(Firing.schedule_id.in_(ids))
@@ -124,7 +124,7 @@ def _last_firings(connection: Connection, ids: list[int] | None) -> Mapping[int,
     rows = connection.execute(
         _firings().join(
             of,
-            (of.c.schedule_id == Firing.schedule_id) & (of.c.slot == Firing.scheduled_for_utc),
+            (of.c.schedule_id == Firing.schedule_id) & (of.c.latest == Firing.scheduled_for_utc),
         )
     )
     return {row.schedule_id: _view(row) for row in rows}
@@ -133,7 +133,7 @@ def _last_firings(connection: Connection, ids: list[int] | None) -> Mapping[int,
 def history(
     connection: Connection, schedule_id: int, *, limit: int, state: str | None = None
 ) -> list[FiringView]:
-    """Firings of a schedule, the latest slot first."""
+    """Firings of a schedule, the latest scheduled time first."""
     wanted = (
         _firings()
         .where(Firing.schedule_id == schedule_id)

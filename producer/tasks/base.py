@@ -15,7 +15,7 @@ from typing import Any
 from nightherd.errors import ParameterError, UsageError
 from nightherd.params import SamplingParams
 from nightherd.structured import check_structure
-from producer.templates import (
+from producer.prompts.template import (
     BadRowError,
     Template,
     compile_template,

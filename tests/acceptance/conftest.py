@@ -17,8 +17,8 @@ import pytest
 
 from models.database import Database
 from nightherd.settings import Settings
-from producer.database import open_database
-from producer.status import JobView, job_view, worker_views
+from producer.fleet.open_database import open_database
+from producer.jobs.status import JobView, job_view, worker_views
 from tests.commands.invoking import CommandLine, environment
 from tests.conftest import wait_until
 

@@ -79,7 +79,7 @@ def test_pause_resume_priority_and_cancel_act_at_once(fleet: Fleet, stories: Pat
         lambda: fleet.nightherd("set", urgent, "--priority", "5"),
         lambda: fleet.view(urgent).chunks_running == 4,
     )
-    assert fleet.view(job).chunks_running == 0, "the lower priority has given way"
+    assert fleet.view(job).chunks_running == 0, "the lower priority is preempted"
 
     _acts_within_two_seconds(
         lambda: fleet.nightherd("cancel", urgent),

@@ -11,11 +11,11 @@ import pytest
 
 from nightherd.errors import CheckpointError
 from tests.commands.invoking import CommandLine
-from worker.bench import Bench, Limits, Report, _Meter
 from worker.commands.bench import as_dict, bench, candidates, shown
 from worker.engine import build
+from worker.speed import MachineLimits, SpeedReport, SpeedTest, _Meter
 
-LIMITS = Limits(
+LIMITS = MachineLimits(
     flops=1e9, bandwidth=1e8, weights=1_000_000, output_weights=200_000, weight_bytes=2_000_000
 )
 
@@ -56,7 +56,7 @@ def test_errors_are_one_line(
 
 def test_an_engine_without_steps_is_refused() -> None:
     with pytest.raises(CheckpointError, match="generate"):
-        Bench(cast(Any, SimpleNamespace(name="generate")), 10, 10)
+        SpeedTest(cast(Any, SimpleNamespace(name="transformers")), 10, 10)
 
 
 def test_limits() -> None:
@@ -66,7 +66,7 @@ def test_limits() -> None:
 
 
 def test_the_best_is_the_smallest_that_nearly_reaches_it() -> None:
-    report = Report(LIMITS, {128: 90.0, 256: 99.0, 512: 100.0}, {1: 5.0, 16: 40.0, 64: 39.0})
+    report = SpeedReport(LIMITS, {128: 90.0, 256: 99.0, 512: 100.0}, {1: 5.0, 16: 40.0, 64: 39.0})
     assert (report.best_budget, report.best_batch) == (256, 16)
     assert as_dict(report)["best"] == {"max_batch": 16, "token_budget": 256}
     lines = shown(report).splitlines()
@@ -77,9 +77,9 @@ def test_the_best_is_the_smallest_that_nearly_reaches_it() -> None:
 
 def test_tokens_count_once_all_have_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter((0.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0, 5.0, 5.0))
-    monkeypatch.setattr("worker.bench.time", SimpleNamespace(perf_counter=lambda: next(times)))
+    monkeypatch.setattr("worker.speed.time", SimpleNamespace(perf_counter=lambda: next(times)))
     meter = _Meter(2, seconds=3.0)
-    first, second = meter.check(), meter.check()
+    first, second = meter.make_stop_check(), meter.make_stop_check()
     ended = [first(1), first(1), second(1)]
     assert not any(ended)
     ended = [(first(1), second(1)) for _ in range(4)]
@@ -90,9 +90,9 @@ def test_tokens_count_once_all_have_begun(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_first_steps_of_a_size_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA: kernels are compiled, and a graph captured."""
     now = 0.0
-    monkeypatch.setattr("worker.bench.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("worker.speed.time", SimpleNamespace(perf_counter=lambda: now))
     meter = _Meter(2, seconds=3.0, skipped=2)
-    takes = [meter.check(), meter.check()]
+    takes = [meter.make_stop_check(), meter.make_stop_check()]
     for took in (1.0, 9.0, 9.0, 1.0, 1.0, 1.0):
         now += took
         ended = [take(1) for take in takes]

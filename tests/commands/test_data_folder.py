@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from migrations import runner
+from migrations import schema
 from models import SCHEMA_REVISION
 from models.database import Database
 from tests.commands.invoking import NIGHTHERD, CommandLine, Outcome, environment
@@ -34,7 +34,7 @@ ALL_KINDS = [
 SOME_KINDS = ALL_KINDS[:2]
 
 
-class SomebodyElse:
+class OtherUser:
     """The command line as another user, on any data folder."""
 
     def __init__(self, box: Sandbox) -> None:
@@ -51,9 +51,9 @@ class SomebodyElse:
 
 
 @pytest.fixture
-def somebody() -> Iterator[SomebodyElse]:
+def other_user() -> Iterator[OtherUser]:
     with sandbox() as box:
-        yield SomebodyElse(box)
+        yield OtherUser(box)
 
 
 @pytest.fixture
@@ -71,20 +71,20 @@ def refused(outcome: Outcome, *parts: str) -> None:
         assert part in outcome.err
 
 
-def doctor(somebody: SomebodyElse, home: Path) -> Outcome:
-    found = somebody(home, "doctor", "--only", "database,broker,workers,disk")
+def doctor(other_user: OtherUser, home: Path) -> Outcome:
+    found = other_user(home, "doctor", "--only", "database,broker,workers,disk")
     assert found.code == 1, found
     assert found.err == ""
     assert "PROBLEM" in found.out
     return found
 
 
-def test_a_data_folder_that_cannot_be_made(somebody: SomebodyElse) -> None:
-    home = somebody.box.make("closed", owner=0) / "data"
+def test_a_data_folder_that_cannot_be_made(other_user: OtherUser) -> None:
+    home = other_user.box.make("closed", owner=0) / "data"
     for command in SOME_KINDS:
-        refused(somebody(home, *command), str(home), "Permission denied", "NIGHTHERD_HOME")
+        refused(other_user(home, *command), str(home), "Permission denied", "NIGHTHERD_HOME")
     assert not home.exists()
-    assert "cannot be written" in doctor(somebody, home).out
+    assert "cannot be written" in doctor(other_user, home).out
 
 
 @pytest.mark.parametrize(
@@ -93,96 +93,96 @@ def test_a_data_folder_that_cannot_be_made(somebody: SomebodyElse) -> None:
     ids=["read-only", "closed"],
 )
 def test_a_data_folder_of_another_user(
-    somebody: SomebodyElse, root: CommandLine, mode: int, commands: list[list[str]]
+    other_user: OtherUser, root: CommandLine, mode: int, commands: list[list[str]]
 ) -> None:
-    home = somebody.box.make("theirs", owner=0)
+    home = other_user.box.make("theirs", owner=0)
     as_root = CommandLine({**root.environment, "NIGHTHERD_HOME": str(home)}, root.folder)
     job = as_root("submit", "-", stdin="a\n").out.strip()
     home.chmod(mode)
     before = {path.name: path.read_bytes() for path in home.iterdir() if path.is_file()}
     for command in commands:
-        refused(somebody(home, *command), str(home / "nightherd.db"))
-    doctor(somebody, home)
+        refused(other_user(home, *command), str(home / "nightherd.db"))
+    doctor(other_user, home)
     assert {path.name: path.read_bytes() for path in home.iterdir() if path.is_file()} == before
     assert [found["id"] for found in json.loads(as_root("jobs", "--json").out)] == [job]
 
 
-def test_an_empty_data_folder_of_another_user(somebody: SomebodyElse) -> None:
-    home = somebody.box.make("theirs", owner=0)
+def test_an_empty_data_folder_of_another_user(other_user: OtherUser) -> None:
+    home = other_user.box.make("theirs", owner=0)
     for command in SOME_KINDS:
-        refused(somebody(home, *command), str(home / "nightherd.db"))
+        refused(other_user(home, *command), str(home / "nightherd.db"))
     assert not list(home.iterdir())
-    assert "cannot be made" in doctor(somebody, home).out
+    assert "cannot be made" in doctor(other_user, home).out
 
 
-def test_a_disk_that_was_mounted_read_only(somebody: SomebodyElse) -> None:
-    home = somebody.box.disk("disk", 4000)
-    job = somebody(home, "submit", "-").out.strip()
-    somebody.box.remount("disk", "ro")
+def test_a_disk_that_was_mounted_read_only(other_user: OtherUser) -> None:
+    home = other_user.box.disk("disk", 4000)
+    job = other_user(home, "submit", "-").out.strip()
+    other_user.box.remount("disk", "ro")
     for command in SOME_KINDS:
-        refused(somebody(home, *command), str(home / "nightherd.db"))
-    doctor(somebody, home)
-    somebody.box.remount("disk", "rw")
-    assert [found["id"] for found in json.loads(somebody(home, "jobs", "--json").out)] == [job]
+        refused(other_user(home, *command), str(home / "nightherd.db"))
+    doctor(other_user, home)
+    other_user.box.remount("disk", "rw")
+    assert [found["id"] for found in json.loads(other_user(home, "jobs", "--json").out)] == [job]
 
 
-def test_no_room_for_the_schema(somebody: SomebodyElse) -> None:
-    home = somebody.box.disk("disk", 64)
+def test_no_room_for_the_schema(other_user: OtherUser) -> None:
+    home = other_user.box.disk("disk", 64)
     for command in SOME_KINDS:
-        refused(somebody(home, *command), str(home / "nightherd.db"), "full")
-    assert "full" in doctor(somebody, home).out
-    somebody.box.remount("disk", "size=4000k")
-    assert somebody(home, "submit", "-").code == 0
+        refused(other_user(home, *command), str(home / "nightherd.db"), "full")
+    assert "full" in doctor(other_user, home).out
+    other_user.box.remount("disk", "size=4000k")
+    assert other_user(home, "submit", "-").code == 0
 
 
-def test_the_disk_fills_up_while_a_job_is_stored(somebody: SomebodyElse) -> None:
-    home = somebody.box.disk("disk", 3000)
-    somebody.environment["NIGHTHERD_STORE_BATCH"] = "1000"
+def test_the_disk_fills_up_while_a_job_is_stored(other_user: OtherUser) -> None:
+    home = other_user.box.disk("disk", 3000)
+    other_user.environment["NIGHTHERD_STORE_BATCH"] = "1000"
     prompts = "".join(f"{number} {'x' * 250}\n" for number in range(10_000))
-    refused(somebody(home, "submit", "-", stdin=prompts), "nightherd.db", "full")
-    assert json.loads(somebody(home, "jobs", "--json").out) == []
-    somebody.box.remount("disk", "size=30000k")
-    job = somebody(home, "submit", "-", stdin=prompts).out.strip()
-    (found,) = json.loads(somebody(home, "jobs", "--json").out)
+    refused(other_user(home, "submit", "-", stdin=prompts), "nightherd.db", "full")
+    assert json.loads(other_user(home, "jobs", "--json").out) == []
+    other_user.box.remount("disk", "size=30000k")
+    job = other_user(home, "submit", "-", stdin=prompts).out.strip()
+    (found,) = json.loads(other_user(home, "jobs", "--json").out)
     assert (found["id"], found["requests"], found["state"]) == (job, 10_000, "queued")
 
 
-def test_the_disk_fills_up_while_a_worker_works(somebody: SomebodyElse, tmp_path: Path) -> None:
+def test_the_disk_fills_up_while_a_worker_works(other_user: OtherUser, tmp_path: Path) -> None:
     """Results wait in memory; once there is room again all are stored, each once."""
-    home = somebody.box.disk("disk", 8000)
+    home = other_user.box.disk("disk", 8000)
     prompts = "".join(f"{number}\n" for number in range(200))
     given = ["--checkpoint", CHECKPOINT, "--max-tokens", "15"]
-    job = somebody(home, "submit", "-", *given, stdin=prompts).out.strip()
+    job = other_user(home, "submit", "-", *given, stdin=prompts).out.strip()
     path = tmp_path / "worker.log"
     with path.open("wb") as log:
         fake = [sys.executable, "-P", "-m", "tests.fakes", json.dumps({"step_seconds": 0.2})]
         worker = subprocess.Popen(
-            somebody.box.command(*fake),
-            env={**somebody.environment, "NIGHTHERD_HOME": str(home)},
+            other_user.box.command(*fake),
+            env={**other_user.environment, "NIGHTHERD_HOME": str(home)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
         )
     try:
         wait_until(
-            lambda: json.loads(somebody(home, "status", job, "--json").out)["chunks_running"] > 0,
+            lambda: json.loads(other_user(home, "status", job, "--json").out)["chunks_running"] > 0,
             seconds=30,
             what="a worker at work",
         )
-        somebody.shell(f"cat /dev/zero > {home}/filler")
+        other_user.shell(f"cat /dev/zero > {home}/filler")
         wait_until(lambda: "wait in memory" in path.read_text(), seconds=30, what="a full disk")
-        refused(somebody(home, "submit", "-"), "full")
+        refused(other_user(home, "submit", "-"), "full")
         time.sleep(3)  # longer than a lease of these tests
         assert worker.poll() is None
-        somebody.shell(f"rm {home}/filler")
-        ended = somebody(home, "status", job, "--wait")
+        other_user.shell(f"rm {home}/filler")
+        ended = other_user(home, "status", job, "--wait")
         assert ended.code == 0, ended
         worker.terminate()
         assert worker.wait(30) == 0
     finally:
         worker.terminate()  # so that it stops its broker
         worker.wait(60)
-    rows = [json.loads(line) for line in somebody(home, "results", job).out.splitlines()]
+    rows = [json.loads(line) for line in other_user(home, "results", job).out.splitlines()]
     assert [row["index"] for row in rows] == list(range(200))
     assert all(row["finish_reason"] == "length" for row in rows)
 
@@ -224,7 +224,7 @@ def test_a_newer_schema_on_postgresql(empty_postgresql: str, tmp_path: Path) -> 
 def test_a_newer_schema_on_sqlite(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/nightherd.db"
     database = Database(url)
-    runner.upgrade(database)
+    schema.upgrade(database)
     database.close()
     stamp(url, "9999")
     nightherd = command_on(url, tmp_path)

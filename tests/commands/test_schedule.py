@@ -19,8 +19,8 @@ from models.store import firings
 from nightherd.cli import cli
 from nightherd.errors import NightherdError
 from nightherd.settings import load_settings
-from producer.database import open_database
-from producer.schedules.scheduler import Scheduler
+from producer.fleet.open_database import open_database
+from producer.schedules.firing_loop import FiringLoop
 from tests.seeding import make_worker, work_off
 
 Run = Callable[..., Any]
@@ -118,12 +118,12 @@ def test_list_shows_the_next_firing_in_its_zone_and_how_the_last_went(
 
 
 def _round(database: Database) -> None:
-    scheduler = Scheduler(database, load_settings())
-    scheduler._look_for_ends_at = -1e9
+    loop = FiringLoop(database, load_settings())
+    loop._look_for_ends_at = -1e9
     try:
-        scheduler.round()
+        loop.round()
     finally:
-        scheduler.close()
+        loop.close()
 
 
 @pytest.mark.parametrize(
@@ -185,10 +185,10 @@ def test_a_name_is_taken_once_and_a_wrong_one_has_a_hint(home: Path) -> None:
 
 def test_next(home: Path) -> None:
     run("add", "n", "in.jsonl", "--cron", "30 2 * * *", "--timezone", "Europe/Berlin")
-    slots = [datetime.fromisoformat(text) for text in read("next", "n", "--count", "400")]
-    assert len(slots) == 400
-    assert slots[0] == datetime.fromisoformat(read("show", "n")["next_at"])
-    assert {slot.utcoffset() for slot in slots} == {timedelta(0)}
+    times = [datetime.fromisoformat(text) for text in read("next", "n", "--count", "400")]
+    assert len(times) == 400
+    assert times[0] == datetime.fromisoformat(read("show", "n")["next_at"])
+    assert {time.utcoffset() for time in times} == {timedelta(0)}
     text = run("next", "n", "--count", "2").splitlines()
     assert len(text) == 2
     assert " 02:30 CE" in text[0]
@@ -203,8 +203,8 @@ def test_pause_and_resume_record_the_pause(home: Path, database: Database) -> No
         connection.execute(update(Schedule).values(next_at=db_now(-3 * 86_400)))
     with database.write() as connection:
         row = connection.execute(Schedule.__table__.select()).one()
-        slot = row.next_at.replace(hour=2, minute=0, second=0, microsecond=0)
-        connection.execute(update(Schedule).values(next_at=slot))
+        time = row.next_at.replace(hour=2, minute=0, second=0, microsecond=0)
+        connection.execute(update(Schedule).values(next_at=time))
     _round(database)
     assert read("history", "nightly") == []
     (view,) = read("resume", "nightly")
@@ -340,6 +340,6 @@ def test_remove_leaves_the_jobs(home: Path, database: Database) -> None:
     assert read("remove", "nightly")["open_jobs"] == [job]
     assert read("list") == []
     with database.read() as connection:
-        from producer.status import job_view
+        from producer.jobs.status import job_view
 
         assert job_view(connection, job).state == "queued"

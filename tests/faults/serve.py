@@ -29,9 +29,9 @@ from nightherd.text import TextProcessor
 from tests.fakes import _LETTERS, CHECKPOINT, PROVENANCE, byte_text
 from worker.engine.block_manager import BlockManager
 from worker.engine.engine import BatchEngine
-from worker.engine.interface import EngineRequest, Generation, Output
+from worker.engine.interface import EngineRequest, Output, RequestHandle
 from worker.engine.runner import Choices
-from worker.engine.scheduler import Plan, Scheduler
+from worker.engine.scheduler import Scheduler, StepPlan
 from worker.engine.sequence import Sequence as EngineSequence
 
 CONTEXT = 4096
@@ -79,9 +79,9 @@ class Options:
     """How often Redis' unacknowledged wake-ups are looked at, instead of every 30 s."""
     retry_seconds: float | None = None
     """The pause between Celery's attempts to connect, instead of up to 30 s."""
-    rings: int = 1
+    publish_times: int = 1
     """Each wake-up is published so often."""
-    lost_rings: int = 0
+    lost_wakeups: int = 0
     """So many wake-ups are lost first."""
 
 
@@ -105,9 +105,9 @@ class Ledger:
 
 
 def next_letter(tokens: Sequence[int], seed: int) -> int:
-    """The token that follows: a letter, by a hash of all that it may depend on."""
-    known = array("H", tokens).tobytes()
-    digest = hashlib.blake2b(known, digest_size=2, key=seed.to_bytes(8, "big")).digest()
+    """The next token: a letter, by a hash of the seed and the tokens before it."""
+    data = array("H", tokens).tobytes()
+    digest = hashlib.blake2b(data, digest_size=2, key=seed.to_bytes(8, "big")).digest()
     return _LETTERS[int.from_bytes(digest, "big") % 26]
 
 
@@ -143,33 +143,33 @@ class LetterRunner:
         self._ledger = ledger
         self._first = True
 
-    def execute(self, plan: Plan) -> Choices:
+    def execute(self, plan: StepPlan) -> Choices:
         options = self._options
         sequences = [span.sequence for span in plan.spans]
         if options.trace:
             self._ledger.add("step", len(sequences))
-        self._go_wrong(plan, sequences)
+        self._inject_faults(plan, sequences)
         time.sleep(options.first_step_seconds if self._first else options.step_seconds)
         self._first = False
         chosen = [
-            next_letter(sequence.token_ids, sequence.request.seeds[sequence.place])
+            next_letter(sequence.token_ids, sequence.request.seeds[sequence.index])
             for sequence, span in zip(sequences, plan.spans, strict=True)
             if span.chooses
         ]
         return Choices(chosen, [0.0] * len(chosen))
 
-    def _go_wrong(self, plan: Plan, sequences: Sequence[EngineSequence]) -> None:
+    def _inject_faults(self, plan: StepPlan, sequences: Sequence[EngineSequence]) -> None:
         options = self._options
-        if _meets(sequences, options.die_on):
+        if _has_prompt(sequences, options.die_on):
             self._ledger.add("death", 0)
             os.kill(os.getpid(), signal.SIGKILL)
-        if _meets(sequences, options.hang_on):
+        if _has_prompt(sequences, options.hang_on):
             self._ledger.add("hang", 0)
             threading.Event().wait()
         if options.memory_rows is not None and plan.rows > options.memory_rows:
             raise MemoryError(f"{plan.rows} rows")
         failing = options.fail_while is not None and Path(options.fail_while).exists()
-        if failing and _meets(sequences, options.fail_on):
+        if failing and _has_prompt(sequences, options.fail_on):
             raise RuntimeError("this prompt fails")
 
     def forget(self, sequence: EngineSequence) -> None:
@@ -182,7 +182,7 @@ class LetterRunner:
         pass
 
 
-def _meets(sequences: Sequence[EngineSequence], prompt: str | None) -> bool:
+def _has_prompt(sequences: Sequence[EngineSequence], prompt: str | None) -> bool:
     if prompt is None:
         return False
     start = tuple(_text().encode(prompt, False))
@@ -190,7 +190,7 @@ def _meets(sequences: Sequence[EngineSequence], prompt: str | None) -> bool:
 
 
 class LedgerEngine(BatchEngine):
-    """The real engine; each sample that it finishes is noted before anybody else hears of it."""
+    """The real engine; each sample that it finishes goes into the ledger before all else."""
 
     def __init__(self, options: Options, ledger: Ledger) -> None:
         runner = LetterRunner(options, ledger)
@@ -199,13 +199,13 @@ class LedgerEngine(BatchEngine):
         super().__init__(runner, scheduler, CONTEXT)
         self._ledger = ledger
 
-    def add(self, request: EngineRequest) -> Generation:
-        generation = super().add(request)
-        for future, seed in zip(generation.futures, request.seeds, strict=True):
+    def add(self, request: EngineRequest) -> RequestHandle:
+        handle = super().add(request)
+        for future, seed in zip(handle.futures, request.seeds, strict=True):
             future.add_done_callback(
                 lambda done, seed=seed: self._note(seed, done.result())  # type: ignore[misc]
             )
-        return generation
+        return handle
 
     def _note(self, seed: int, output: Output) -> None:
         if output.finish_reason in ("stop", "length"):
@@ -215,9 +215,9 @@ class LedgerEngine(BatchEngine):
 # Faults in the product's own functions.
 
 
-def _owner(place: str) -> tuple[Any, str]:
+def _owner(target: str) -> tuple[Any, str]:
     """The object that holds the attribute of `module:Class.method`, and its name."""
-    module, _, path = place.partition(":")
+    module, _, path = target.partition(":")
     owner: Any = importlib.import_module(module)
     *parents, name = path.split(".")
     for parent in parents:
@@ -225,8 +225,8 @@ def _owner(place: str) -> tuple[Any, str]:
     return owner, name
 
 
-def _replace(place: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    owner, name = _owner(place)
+def _replace(target: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    owner, name = _owner(target)
     setattr(owner, name, make(getattr(owner, name)))
 
 
@@ -237,21 +237,21 @@ def _inject(options: Options, ledger: Ledger) -> None:
         if options.signal == "SIGSTOP":
             _replace("models.database:Database._begin", _one_writer)
     if options.step_limit is not None:
-        import worker.lease
+        import worker.process.hang_detector as hang_detector
 
-        worker.lease._SHORTEST_STEP_LIMIT = options.step_limit
-        worker.lease._STEP_LIMIT_FACTOR = 0.0
+        hang_detector._SHORTEST_STEP_LIMIT = options.step_limit
+        hang_detector._STEP_LIMIT_FACTOR = 0.0
     if options.restore_seconds is not None:
-        _replace("worker.consumer:make_app", _restoring(options.restore_seconds))
+        _replace("worker.process.consumer:make_app", _restoring(options.restore_seconds))
     if options.retry_seconds is not None:
         _replace("kombu.connection:retry_over_time", _retrying(options.retry_seconds, ledger))
-    if options.rings != 1 or options.lost_rings:
-        _replace("celery:Celery.send_task", _ringing(options, ledger))
-    _replace("worker.tasks:ChunkRunner.wake", _noting(ledger))
+    if options.publish_times != 1 or options.lost_wakeups:
+        _replace("celery:Celery.send_task", _publishing(options, ledger))
+    _replace("worker.chunks.task:ChunkRunner.wake", _noting(ledger))
 
 
 _writing = threading.RLock()
-"""Held by whoever writes, so that a process never stands still with SQLite's lock in its hands."""
+"""Held while writing, so that a process is never stopped while it holds SQLite's lock."""
 
 
 def _one_writer(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -263,7 +263,7 @@ def _one_writer(original: Callable[..., Any]) -> Callable[..., Any]:
     return begin
 
 
-def _inject_signal(place: str, options: Options, ledger: Ledger) -> None:
+def _inject_signal(target: str, options: Options, ledger: Ledger) -> None:
     armed = threading.Event()
     calls = 0
     lock = threading.Lock()
@@ -294,7 +294,7 @@ def _inject_signal(place: str, options: Options, ledger: Ledger) -> None:
 
         return replacement
 
-    _replace(place, shoot)
+    _replace(target, shoot)
     if options.armed_by is None:
         armed.set()
     else:
@@ -330,8 +330,8 @@ def _retrying(seconds: float, ledger: Ledger) -> Callable[..., Any]:
     return wrap
 
 
-def _ringing(options: Options, ledger: Ledger) -> Callable[..., Any]:
-    left = options.lost_rings
+def _publishing(options: Options, ledger: Ledger) -> Callable[..., Any]:
+    left = options.lost_wakeups
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         def send(*args: Any, **given: Any) -> Any:
@@ -340,7 +340,7 @@ def _ringing(options: Options, ledger: Ledger) -> Callable[..., Any]:
                 left -= 1
                 ledger.add("lost", left)
                 return None
-            for _ in range(options.rings - 1):
+            for _ in range(options.publish_times - 1):
                 original(*args, **given)
             return original(*args, **given)
 
@@ -366,7 +366,7 @@ def main() -> None:
     from nightherd.errors import NightherdError
     from nightherd.log import configure_logging
     from nightherd.settings import load_settings
-    from worker.app import Loaded, WorkerOptions, serve
+    from worker.process.app import Loaded, WorkerOptions, serve
 
     options = Options(**(json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}))
     ledger = Ledger(options.ledger)

@@ -45,7 +45,7 @@ class Memory:
     def __init__(self) -> None:
         self._seen: dict[int, list[tuple[float, float]]] = defaultdict(list)
 
-    def look(self, processes: list[Process]) -> None:
+    def measure(self, processes: list[Process]) -> None:
         for process in processes:
             with contextlib.suppress(OSError):
                 status = Path(f"/proc/{process.pid}/status").read_text()
@@ -77,7 +77,7 @@ class Soak:
         self.faults: dict[str, Callable[[], None]] = {
             "kill -9": self.kill_9,
             "SIGTERM": self.terminate,
-            "SIGSTOP past the lease": self.stand_still,
+            "SIGSTOP past the lease": self.stop_past_the_lease,
             "redis killed": self.kill_redis,
             "FLUSHALL": lambda: self.fleet.redis.do("FLUSHALL"),
             "CLIENT KILL": lambda: self.fleet.redis.do("CLIENT", "KILL", "TYPE", "normal"),
@@ -96,7 +96,7 @@ class Soak:
 
     def kill_9(self) -> None:
         victim = self.a_worker()
-        hit = self.fleet.owed_by(victim)
+        hit = self.fleet.unsaved_by(victim)
         victim.kill()
         victim.wait()
         self.fleet.faults.append(Fault(time.monotonic(), hit))
@@ -104,7 +104,7 @@ class Soak:
 
     def terminate(self) -> None:
         victim = self.a_worker()
-        hit = self.fleet.owed_by(victim)
+        hit = self.fleet.unsaved_by(victim)
         at = time.monotonic()
         victim.terminate()
         code = victim.wait(60)
@@ -113,9 +113,9 @@ class Soak:
         self.fleet.faults.append(Fault(at, hit - self.fleet.saved()))
         self.replace(victim)
 
-    def stand_still(self) -> None:
+    def stop_past_the_lease(self) -> None:
         victim = self.a_worker()
-        hit = self.fleet.owed_by(victim)
+        hit = self.fleet.unsaved_by(victim)
         victim.send_signal(signal.SIGSTOP)
         self.fleet.faults.append(Fault(time.monotonic(), hit))
         self.watch(self.moments.uniform(3.0, 8.0))
@@ -144,7 +144,7 @@ class Soak:
         """Lets time pass, and looks after the processes; ends early once all jobs have ended."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self.ended():
-            self.memory.look(self.fleet.processes)
+            self.memory.measure(self.fleet.processes)
             for worker in [worker for worker in self.workers if worker.poll() is not None]:
                 self.wrong.append(f"a worker ended by itself, with {worker.returncode}")
                 self.replace(worker)
@@ -155,11 +155,11 @@ class Soak:
 
     def run(self, requests: int, every: float, patience: float) -> dict[str, Any]:
         fleet = self.fleet
-        self.processes_start()
+        self.start_processes()
         for number in range(JOBS):
             count = requests // JOBS + (number < requests % JOBS)
-            prompts = [f"request {number}.{place}" for place in range(count)]
-            lengths = [LENGTHS[place % len(LENGTHS)] for place in range(count)]
+            prompts = [f"request {number}.{index}" for index in range(count)]
+            lengths = [LENGTHS[index % len(LENGTHS)] for index in range(count)]
             fleet.submit(prompts, max_tokens=lengths, chunk_size=64)
         started = time.monotonic()
         while not self.ended() and time.monotonic() - started < patience:
@@ -172,7 +172,7 @@ class Soak:
         seconds = time.monotonic() - started
         return self.verdict(requests, seconds)
 
-    def processes_start(self) -> None:
+    def start_processes(self) -> None:
         self.fleet.start_beat()
         for _ in range(WORKERS):
             self.start_worker()

@@ -1,4 +1,4 @@
-"""Faults of the broker: SQL is the truth, and Redis may lose or double any ring."""
+"""Faults of the broker: SQL is the truth, and Redis may lose or double any wake-up."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def test_redis_kill9_without_persistence(fleet: Fleet) -> None:
     job = fleet.submit(MANY, max_tokens=20)
     _in_the_middle(fleet, job)
     fleet.redis.kill()
-    wait_until(lambda: "running" not in fleet.chunks(job), seconds=30, what="the end of the rings")
+    wait_until(
+        lambda: "running" not in fleet.chunks(job), seconds=30, what="the end of the wake-ups"
+    )
     assert "queued" in fleet.chunks(job)
     fleet.redis.start()
     assert fleet.redis.do("DBSIZE") == 0 or fleet.state(job) == "running"
@@ -92,14 +94,18 @@ def test_redis_down_for_longer_than_100_retries(fleet: Fleet) -> None:
 
 
 def _stop_redis(fleet: Fleet, seconds: float) -> None:
-    """What is in hand goes on without Redis, and the rest with it again."""
+    """Chunks in flight go on without Redis, the rest once it is back."""
     worker = fleet.start(step_seconds=0.02)
     job = fleet.submit(MANY[:64], max_tokens=30)
     _in_the_middle(fleet, job)
     fleet.redis.send(signal.SIGSTOP)
     stopped = time.monotonic()
-    wait_until(lambda: "running" not in fleet.chunks(job), seconds=30, what="what was in hand")
-    wait_until(lambda: "no answer for 1 s" in fleet.log(worker), seconds=30, what="the tick's word")
+    wait_until(
+        lambda: "running" not in fleet.chunks(job),
+        seconds=30,
+        what="the end of the chunks in flight",
+    )
+    wait_until(lambda: "no answer for 1 s" in fleet.log(worker), seconds=30, what="a warning")
     wait_until(lambda: time.monotonic() - stopped > seconds, seconds=seconds + 10)
     assert fleet.workers() == ["ready"], "the lease needs no Redis"
     fleet.redis.send(signal.SIGCONT)
@@ -135,7 +141,7 @@ def test_redis_full(fleet: Fleet) -> None:
 
 
 def test_visibility_timeout_shorter_than_a_chunk(fleet: Fleet) -> None:
-    """Each wake-up is delivered again and again while its chunk is in hand."""
+    """Each wake-up is delivered again and again while its chunk is in flight."""
     fleet.start_many(
         2,
         step_seconds=0.02,
@@ -150,7 +156,7 @@ def test_visibility_timeout_shorter_than_a_chunk(fleet: Fleet) -> None:
 
 def test_wakeup_storm(fleet: Fleet) -> None:
     """Each wake-up comes ten times."""
-    fleet.start_many(2, step_seconds=0.002, rings=10)
+    fleet.start_many(2, step_seconds=0.002, publish_times=10)
     for _ in range(5):
         fleet.wait_for_end(fleet.submit(MANY[:80], max_tokens=10))
     _nothing_twice(fleet)
@@ -159,8 +165,8 @@ def test_wakeup_storm(fleet: Fleet) -> None:
 
 
 def test_wakeups_all_lost(fleet: Fleet) -> None:
-    fleet.start(lost_rings=20, step_seconds=0.002)
-    job = fleet.submit(PROMPTS, ring=False)
+    fleet.start(lost_wakeups=20, step_seconds=0.002)
+    job = fleet.submit(PROMPTS, publish=False)
     wait_until(lambda: bool(fleet.lines("lost")), seconds=30, what="the first lost wake-up")
     assert fleet.done(job) == 0
     _nothing_twice(fleet)

@@ -16,7 +16,14 @@ from models.worker import LIVE_WORKER_STATES, Worker
 from nightherd.settings import Settings
 from tests.conftest import wait_until
 from tests.fakes import FakeEngine
-from tests.faults.killing import kills, postgresql_copy, settle, unharmed, url_of, wire_to
+from tests.faults.killing import (
+    kills,
+    postgresql_copy,
+    url_of,
+    wait_for_rollback,
+    wire_to,
+    without_kills,
+)
 from tests.seeding import (
     as_save,
     check_sums,
@@ -27,11 +34,11 @@ from tests.seeding import (
     job_results,
     make_job,
     make_worker,
-    owed,
+    pending_samples,
     result_row,
     work_off,
 )
-from tests.worker.house import House, TroubledDatabase, open_house, store_job, troubled
+from tests.worker.harness import TroubledDatabase, WorkerHarness, open_harness, store_job, troubled
 
 MakeSettings = Callable[..., Settings]
 PROMPTS = [f"prompt {number}" for number in range(8)]
@@ -43,18 +50,22 @@ PROMPTS = [f"prompt {number}" for number in range(8)]
 def save_in_child(url: str) -> None:
     """Claims both chunks of the one job; one save has half of the first and ends the second."""
     database = Database(url)
-    with unharmed():
+    with without_kills():
         worker = make_worker(database)
         first, second = claim(database, worker), claim(database, worker)
         saves = [
-            as_save(held, [result_row(index) for index, _ in owed(database, held)[:rows]], end=end)
+            as_save(
+                held,
+                [result_row(index) for index, _ in pending_samples(database, held)[:rows]],
+                end=end,
+            )
             for held, rows, end in ((first, 2, None), (second, 4, "done"))
         ]
     database.retrying(lambda connection: results.save(connection, worker, saves))
 
 
-def _bury(database: Database) -> None:
-    """All that are not known to be dead are."""
+def _declare_all_dead(database: Database) -> None:
+    """Declares all workers dead that are not so yet."""
     with database.read() as connection:
         alive = select(Worker.id).where(Worker.state.in_(LIVE_WORKER_STATES))
         found = list(connection.execute(alive).scalars())
@@ -73,11 +84,11 @@ def test_kill9_inside_commit(database: Database) -> None:
 
     neither, both = ([("running", 0), ("running", 0)], 0), ([("running", 2), ("done", 4)], 6)
     for point in kills(save_in_child, url_of(database)):
-        settle(database)
+        wait_for_rollback(database)
         found = saved()
         assert found in (neither, both), point
         seen.add(found[1])
-        _bury(database)
+        _declare_all_dead(database)
         # The next worker computes what is not there, and nothing twice.
         done = work_off(database, make_worker(database))
         assert sum(held.samples - held.done for held in done) == 8 - found[1], point
@@ -90,10 +101,10 @@ def test_kill9_inside_commit(database: Database) -> None:
 
 def work_in_child(url: str, home: str) -> None:
     """A whole worker but for Celery works off what there is."""
-    with unharmed():
-        house = House(Database(url), _settings(home), FakeEngine())
-        house.open()
-    house.work_off()
+    with without_kills():
+        harness = WorkerHarness(Database(url), _settings(home), FakeEngine())
+        harness.open()
+    harness.work_off()
 
 
 def _settings(home: str) -> Settings:
@@ -109,14 +120,14 @@ def test_kill9_at_every_statement_of_a_worker(database: Database, tmp_path: Path
     job_id = store_job(database, PROMPTS[:4])
     for point in kills(work_in_child, url_of(database), home):
         points += 1
-        settle(database)
+        wait_for_rollback(database)
         there = len(job_results(database, job_id))
         assert sum(chunk.done for chunk in job_chunks(database, job_id)) == there, point
-        _bury(database)
-        with open_house(database, _settings(home)) as house:
-            house.work_off()
-            assert house.engine.added == 4 - there, point
-            house.check_complete(job_id, PROMPTS[:4])
+        _declare_all_dead(database)
+        with open_harness(database, _settings(home)) as harness:
+            harness.work_off()
+            assert harness.engine.added == 4 - there, point
+            harness.check_complete(job_id, PROMPTS[:4])
         computed.add(4 - there)
         job_id = store_job(database, PROMPTS[:4])
     assert points > 25
@@ -137,19 +148,19 @@ def _loses_answers(database: Database, settings: Settings, lose: Callable[[], An
     """A worker whose saves take place, and are not answered."""
     store_job(database, PROMPTS[:1], samples=2)
     engine = FakeEngine()
-    with open_house(database, settings, engine) as house:
+    with open_harness(database, settings, engine) as harness:
         # Parameters and provenance are there before: the answers are those to results.
-        house.work_off()
+        harness.work_off()
         job_id = store_job(database, PROMPTS, chunk_size=4, samples=2)
         engine.hang()
-        wakes = [house.wake(), house.wake()]
+        wakes = [harness.wake(), harness.wake()]
         wait_until(lambda: engine.stats().running == 16)
         lose()
         engine.go_on()
         for wake in wakes:
             wake.result(20)
         # `returned` or `done`: an end whose answer was lost looks like a chunk that was lost.
-        house.check_complete(job_id, PROMPTS, samples=2)
+        harness.check_complete(job_id, PROMPTS, samples=2)
         assert engine.added == 1 + 8
 
 

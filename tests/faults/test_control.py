@@ -61,7 +61,7 @@ def test_pause_and_resume_mid_chunk(fleet: Fleet) -> None:
     done = fleet.done(job)
     assert (fleet.state(job), done) == ("paused", fleet.judge().ok)
     fleet.act(jobs.resume, job)
-    fleet.ring()
+    fleet.publish_wakeups()
     verdict = fleet.is_clean()
     assert fleet.deaths() == 0
     assert verdict.recomputed == 0, "what had finished was saved, the rest had not"
@@ -83,14 +83,14 @@ def test_retry_mid_job(fleet: Fleet, tmp_path: Path) -> None:
         lambda connection: jobs.retry(connection, job.job_id, only_code=None, chunk_size=4)
     )
     assert retried > 0
-    fleet.ring()
+    fleet.publish_wakeups()
     fleet.kill_9(fleet.wait_for_holders(workers)[0])
     fleet.wait_for_end()
     # What failed in a chunk that was still open is for another retry.
     left = fleet.database.retrying(
         lambda connection: jobs.retry(connection, job.job_id, only_code=None, chunk_size=4)
     )
-    fleet.ring()
+    fleet.publish_wakeups()
     assert retried + left <= 11
     fleet.is_clean()
 

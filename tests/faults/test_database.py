@@ -19,14 +19,14 @@ from models.store import leases
 from models.worker import Worker
 from nightherd.errors import DatabaseError
 from nightherd.settings import Settings
-from producer.dispatch import Dispatcher
-from producer.housekeeping import Housekeeper
+from producer.fleet.dispatch import Dispatcher
+from producer.fleet.housekeeping import Housekeeper
 from tests.conftest import wait_until
 from tests.fakes import CHECKPOINT, FakeEngine
 from tests.faults.killing import Wire, pause, postgresql_copy, sqlite_lock, url_of, wire_to
 from tests.seeding import make_worker
-from tests.worker.house import open_house, store_job
-from tests.worker.test_app import Workplace
+from tests.worker.harness import open_harness, store_job
+from tests.worker.process.test_app import WorkerCluster
 
 MakeSettings = Callable[..., Settings]
 PROMPTS = [f"prompt {number}" for number in range(16)]
@@ -35,13 +35,13 @@ LONG = 8000
 
 
 @dataclass
-class Reach:
-    """A database, and the way to it that can be lost."""
+class DatabaseLink:
+    """A database, and connections to it that can be cut."""
 
     database: Database
     """What the workers use."""
-    watch: Database
-    """The same, whatever happens to the way."""
+    direct: Database
+    """The same database, by connections that are never cut."""
     down: Callable[[], contextlib.AbstractContextManager[None]]
 
 
@@ -49,30 +49,30 @@ class Reach:
 def _cut(wire: Wire) -> Iterator[None]:
     wire.cut()
     yield
-    wire.mend()
+    wire.repair()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def reach(request: pytest.FixtureRequest) -> Iterator[Reach]:
+def link(request: pytest.FixtureRequest) -> Iterator[DatabaseLink]:
     """SQLite, locked by another process; PostgreSQL, whose connections die and are refused."""
     with contextlib.ExitStack() as stack:
         if request.param == "sqlite":
-            watch = request.getfixturevalue("sqlite_database")
-            url = url_of(watch)
+            direct = request.getfixturevalue("sqlite_database")
+            url = url_of(direct)
         else:
             server = request.getfixturevalue("postgresql")
             template = request.getfixturevalue("postgresql_template")
             real = stack.enter_context(postgresql_copy(server, template))
             wire = stack.enter_context(wire_to(real))
             url = wire.url
-            watch = Database(real)
-            stack.callback(watch.close)
+            direct = Database(real)
+            stack.callback(direct.close)
         database = Database(url, pool_size=20, patience=0.5)
         stack.callback(database.close)
-        yield Reach(
+        yield DatabaseLink(
             database,
-            watch,
-            (lambda: sqlite_lock(watch)) if request.param == "sqlite" else (lambda: _cut(wire)),
+            direct,
+            (lambda: sqlite_lock(direct)) if request.param == "sqlite" else (lambda: _cut(wire)),
         )
 
 
@@ -82,8 +82,8 @@ def reach(request: pytest.FixtureRequest) -> Iterator[Reach]:
 class _Ticks:
     """A process's housekeeping, in a thread."""
 
-    def __init__(self, database: Database, settings: Settings, bells: Any) -> None:
-        self._keeper = Housekeeper(database, cast(Dispatcher, bells), settings)
+    def __init__(self, database: Database, settings: Settings, dispatcher: Any) -> None:
+        self._keeper = Housekeeper(database, cast(Dispatcher, dispatcher), settings)
         self._seconds = settings.tick_seconds
         self._stop = threading.Event()
         self.failed = 0
@@ -106,68 +106,72 @@ class _Ticks:
         assert not self._thread.is_alive()
 
 
-def test_database_down_longer_than_the_lease(reach: Reach, make_settings: MakeSettings) -> None:
-    """All leases lapse, nobody buries anybody, and all go on with what they had."""
+def test_database_down_longer_than_the_lease(
+    link: DatabaseLink, make_settings: MakeSettings
+) -> None:
+    """All leases lapse, no worker is declared dead, and all go on with the chunks they had."""
     settings = make_settings(lease_seconds=1.5, renew_seconds=0.2, tick_seconds=0.2, slots=2)
-    job_id = store_job(reach.database, PROMPTS, params={"max_tokens": 60})
+    job_id = store_job(link.database, PROMPTS, params={"max_tokens": 60})
     with contextlib.ExitStack() as stack:
-        houses = [
+        harnesses = [
             stack.enter_context(
-                open_house(reach.database, settings, FakeEngine(0.02), watching=True)
+                open_harness(link.database, settings, FakeEngine(0.02), watching=True)
             )
             for _ in range(2)
         ]
-        ids = [house.identity.id for house in houses]
-        ticks = [_Ticks(reach.database, settings, house.bells) for house in houses]
+        ids = [harness.identity.id for harness in harnesses]
+        ticks = [_Ticks(link.database, settings, harness.dispatcher) for harness in harnesses]
         for one in ticks:
             stack.callback(one.stop)
         # One on another machine, which will not try again for a while when the database is back.
-        slow = make_worker(reach.database, key=CHECKPOINT, lease_seconds=settings.lease_seconds)
+        slow = make_worker(link.database, key=CHECKPOINT, lease_seconds=settings.lease_seconds)
         wait_until(lambda: all(one.ticks > 2 for one in ticks), what="a few ticks")
-        wakes = [house.wake() for house in houses for _ in range(2)]
-        wait_until(lambda: all(house.engine.stats().running == 8 for house in houses))
-        with reach.down():
+        wakes = [harness.wake() for harness in harnesses for _ in range(2)]
+        wait_until(lambda: all(harness.engine.stats().running == 8 for harness in harnesses))
+        with link.down():
             pause(2.5 * settings.lease_seconds)
-            assert {worker.state for worker in _workers(reach.watch)} == {"ready"}
-            assert [chunk.state for chunk in _chunks(reach.watch, job_id)] == ["running"] * 4
+            assert {worker.state for worker in _workers(link.direct)} == {"ready"}
+            assert [chunk.state for chunk in _chunks(link.direct, job_id)] == ["running"] * 4
         pause(0.5 * settings.lease_seconds)
-        with reach.watch.write() as connection:
-            assert leases.renew(connection, slow, lease_seconds=3600, state="ready"), "buried"
+        with link.direct.write() as connection:
+            assert leases.renew(connection, slow, lease_seconds=3600, state="ready"), (
+                "declared dead"
+            )
         assert [wake.result(20) for wake in wakes] == ["done"] * 4
-        houses[0].check_complete(job_id, PROMPTS, max_tokens=60)
-        assert [house.identity.id for house in houses] == ids, "somebody registered anew"
+        harnesses[0].check_complete(job_id, PROMPTS, max_tokens=60)
+        assert [harness.identity.id for harness in harnesses] == ids, "somebody registered anew"
         assert [one.dead for one in ticks] == [[], []]
-        assert [(row.fence, row.deaths) for row in _chunks(reach.watch, job_id)] == [(1, 0)] * 4
-        assert sum(house.engine.added for house in houses) == len(PROMPTS)
+        assert [(row.fence, row.deaths) for row in _chunks(link.direct, job_id)] == [(1, 0)] * 4
+        assert sum(harness.engine.added for harness in harnesses) == len(PROMPTS)
 
 
 @pytest.mark.faults
 def test_database_down_longer_than_the_lease_of_worker_processes(
-    reach: Reach, broker_url: str, tmp_path: Path
+    link: DatabaseLink, broker_url: str, tmp_path: Path
 ) -> None:
-    workplace = Workplace(reach.database, tmp_path, None, broker_url)
+    cluster = WorkerCluster(link.database, tmp_path, None, broker_url)
     try:
-        processes = [workplace.start(step_seconds=0.05) for _ in range(2)]
-        job_id = store_job(reach.watch, PROMPTS, chunk_size=2, params={"max_tokens": 200})
-        workplace.ring()
+        processes = [cluster.start(step_seconds=0.05) for _ in range(2)]
+        job_id = store_job(link.direct, PROMPTS, chunk_size=2, params={"max_tokens": 200})
+        cluster.publish_wakeups()
         wait_until(
-            lambda: [row.state for row in _chunks(reach.watch, job_id)] == ["running"] * 8,
+            lambda: [row.state for row in _chunks(link.direct, job_id)] == ["running"] * 8,
             seconds=30,
             what="all chunks running",
         )
-        pause(3)  # each may judge others by now
-        before = _workers(reach.watch)
-        with reach.down():
+        pause(3)  # each may declare others dead by now
+        before = _workers(link.direct)
+        with link.down():
             pause(6)
-        workplace.wait_for_end(job_id)
-        workplace.check_complete(job_id, PROMPTS, max_tokens=200)
-        assert _workers(reach.watch) == before
-        assert [(row.fence, row.deaths) for row in _chunks(reach.watch, job_id)] == [(1, 0)] * 8
+        cluster.wait_for_end(job_id)
+        cluster.check_complete(job_id, PROMPTS, max_tokens=200)
+        assert _workers(link.direct) == before
+        assert [(row.fence, row.deaths) for row in _chunks(link.direct, job_id)] == [(1, 0)] * 8
         for process in processes:
             process.terminate()
         assert [process.wait(20) for process in processes] == [0, 0]
     finally:
-        workplace.close()
+        cluster.close()
 
 
 def _workers(database: Database) -> list[Any]:
@@ -187,26 +191,26 @@ def _chunks(database: Database, job_id: str) -> list[Any]:
 
 @contextlib.contextmanager
 def _at_the_save(
-    database: Database, settings: Settings, watch: Database
+    database: Database, settings: Settings, direct: Database
 ) -> Iterator[tuple[str, Callable[[], None]]]:
-    """A worker whose four results wait for a word, to be saved with their chunk's end.
+    """A worker whose four results are held up, to be saved with their chunk's end.
 
-    The function says that word, and waits until the engine has answered all.
+    The function lets the engine go on, and waits until it has answered all.
     """
-    job_id = store_job(watch, PROMPTS[:4], params={"max_tokens": LONG})
-    with open_house(database, settings, context_length=2 * LONG) as house:
-        house.engine.hang()
-        wake = house.wake()
-        wait_until(lambda: house.engine.stats().running == 4)
+    job_id = store_job(direct, PROMPTS[:4], params={"max_tokens": LONG})
+    with open_harness(database, settings, context_length=2 * LONG) as harness:
+        harness.engine.hang()
+        wake = harness.wake()
+        wait_until(lambda: harness.engine.stats().running == 4)
 
         def go_on() -> None:
-            house.engine.go_on()
-            wait_until(lambda: house.engine.stats().running == 0)
+            harness.engine.go_on()
+            wait_until(lambda: harness.engine.stats().running == 0)
 
         yield job_id, go_on
         assert wake.result(20) == "done"
-        house.check_complete(job_id, PROMPTS[:4], max_tokens=LONG)
-        assert house.engine.added == 4, "nothing is computed twice"
+        harness.check_complete(job_id, PROMPTS[:4], max_tokens=LONG)
+        assert harness.engine.added == 4, "nothing is computed twice"
 
 
 def _not_counted(database: Database, job_id: str) -> bool:
@@ -224,14 +228,14 @@ def _said(caplog: pytest.LogCaptureFixture, *words: str) -> Callable[[], bool]:
 
 
 @pytest.fixture
-def hasty(sqlite_database: Database) -> Iterator[Database]:
+def impatient(sqlite_database: Database) -> Iterator[Database]:
     """SQLite whose connections wait for no lock, and grow to `pages` at most."""
-    database = Hasty(url_of(sqlite_database), pool_size=10)
+    database = ImpatientDatabase(url_of(sqlite_database), pool_size=10)
     yield database
     database.close()
 
 
-class Hasty(Database):
+class ImpatientDatabase(Database):
     pages = 2**30
 
     def __init__(self, url: str, **given: Any) -> None:
@@ -244,13 +248,13 @@ class Hasty(Database):
 
 
 def test_sqlite_busy(
-    hasty: Hasty,
+    impatient: ImpatientDatabase,
     sqlite_database: Database,
     make_settings: MakeSettings,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with (
-        _at_the_save(hasty, make_settings(), sqlite_database) as (job_id, go_on),
+        _at_the_save(impatient, make_settings(), sqlite_database) as (job_id, go_on),
         sqlite_lock(sqlite_database),
     ):
         go_on()
@@ -259,17 +263,17 @@ def test_sqlite_busy(
 
 
 def test_disk_full_at_commit(
-    hasty: Hasty,
+    impatient: ImpatientDatabase,
     sqlite_database: Database,
     make_settings: MakeSettings,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with _at_the_save(hasty, make_settings(), sqlite_database) as (job_id, go_on):
-        hasty.pages = _pages(sqlite_database)
+    with _at_the_save(impatient, make_settings(), sqlite_database) as (job_id, go_on):
+        impatient.pages = _pages(sqlite_database)
         go_on()
         wait_until(_said(caplog, "full"), what="a save that found no room")
         assert _not_counted(sqlite_database, job_id)
-        hasty.pages = Hasty.pages
+        impatient.pages = ImpatientDatabase.pages
 
 
 def _pages(database: Database) -> int:
@@ -278,32 +282,32 @@ def _pages(database: Database) -> int:
 
 
 def test_disk_full_and_told_to_stop(
-    hasty: Hasty, sqlite_database: Database, make_settings: MakeSettings
+    impatient: ImpatientDatabase, sqlite_database: Database, make_settings: MakeSettings
 ) -> None:
     """What no commit took is not done: it is computed again by the next worker."""
     job_id = store_job(sqlite_database, PROMPTS[:4], params={"max_tokens": LONG})
     settings = make_settings()
-    with open_house(hasty, settings, context_length=2 * LONG) as house:
-        house.engine.hang()
-        wake = house.wake()
-        wait_until(lambda: house.engine.stats().running == 4)
-        hasty.pages = _pages(sqlite_database)
-        house.engine.go_on()
-        wait_until(lambda: house.engine.stats().running == 0)
-        house.writer.abandon()
+    with open_harness(impatient, settings, context_length=2 * LONG) as harness:
+        harness.engine.hang()
+        wake = harness.wake()
+        wait_until(lambda: harness.engine.stats().running == 4)
+        impatient.pages = _pages(sqlite_database)
+        harness.engine.go_on()
+        wait_until(lambda: harness.engine.stats().running == 0)
+        harness.writer.abandon()
         wake.result(20)
-        hasty.pages = Hasty.pages
+        impatient.pages = ImpatientDatabase.pages
         assert _not_counted(sqlite_database, job_id)
-        house.lease.leave()
+        harness.lease.leave()
     assert [row.state for row in _chunks(sqlite_database, job_id)] == ["queued"]
-    with open_house(sqlite_database, settings, context_length=2 * LONG) as heir:
-        heir.work_off()
-        heir.check_complete(job_id, PROMPTS[:4], max_tokens=LONG)
-        assert heir.engine.added == 4
+    with open_harness(sqlite_database, settings, context_length=2 * LONG) as successor:
+        successor.work_off()
+        successor.check_complete(job_id, PROMPTS[:4], max_tokens=LONG)
+        assert successor.engine.added == 4
 
 
 @pytest.fixture
-def postgresql_apart(postgresql: str, postgresql_template: str) -> Iterator[Database]:
+def own_database(postgresql: str, postgresql_template: str) -> Iterator[Database]:
     """A PostgreSQL database of the test's own."""
     with postgresql_copy(postgresql, postgresql_template) as url:
         database = Database(url, pool_size=10)
@@ -312,9 +316,9 @@ def postgresql_apart(postgresql: str, postgresql_template: str) -> Iterator[Data
 
 
 @pytest.fixture
-def watch(postgresql_apart: Database) -> Iterator[Database]:
+def direct(own_database: Database) -> Iterator[Database]:
     """The same database, for others than the worker."""
-    with contextlib.closing(Database(url_of(postgresql_apart))) as database:
+    with contextlib.closing(Database(url_of(own_database))) as database:
         yield database
 
 
@@ -339,42 +343,42 @@ def _blocked(database: Database) -> bool:
 
 
 def test_deadlock(
-    postgresql_apart: Database,
-    watch: Database,
+    own_database: Database,
+    direct: Database,
     make_settings: MakeSettings,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Another transaction locks the chunk and then wants the job, against the house's order."""
-    met = _errors(postgresql_apart)
+    """Another transaction locks the chunk and then wants the job, against the order of locks."""
+    met = _errors(own_database)
     with (
-        _at_the_save(postgresql_apart, make_settings(), watch) as (job_id, go_on),
-        watch.write() as other,
+        _at_the_save(own_database, make_settings(), direct) as (job_id, go_on),
+        direct.write() as other,
     ):
         # The save, which waits first, is the one that PostgreSQL ends.
         other.execute(text("SET LOCAL deadlock_timeout = '60s'"))
         other.execute(select(Chunk.id).where(Chunk.job_id == job_id).with_for_update())
         go_on()
-        wait_until(lambda: _blocked(postgresql_apart), what="the save at the chunk's lock")
+        wait_until(lambda: _blocked(own_database), what="the save at the chunk's lock")
         other.execute(select(Job.id).where(Job.id == job_id).with_for_update())
         wait_until(lambda: "40P01" in met, what="a deadlock")
-        assert _not_counted(postgresql_apart, job_id)
+        assert _not_counted(own_database, job_id)
     assert "is it running" not in caplog.text, "a server that answers runs"
 
 
 def test_serialisation_failure(
-    postgresql_apart: Database, watch: Database, make_settings: MakeSettings
+    own_database: Database, direct: Database, make_settings: MakeSettings
 ) -> None:
     """Where an administrator made transactions serialisable, they fail where they would wait."""
-    with watch.write() as connection:
+    with direct.write() as connection:
         name = connection.execute(text("SELECT current_database()")).scalar_one()
         connection.execute(
             text(f"ALTER DATABASE {name} SET default_transaction_isolation TO 'serializable'")
         )
-    met = _errors(postgresql_apart)
-    with _at_the_save(postgresql_apart, make_settings(), watch) as (job_id, go_on):
-        with watch.write() as other:
+    met = _errors(own_database)
+    with _at_the_save(own_database, make_settings(), direct) as (job_id, go_on):
+        with direct.write() as other:
             other.execute(update(Chunk).where(Chunk.job_id == job_id).values(claimed_at=db_now()))
             go_on()
-            wait_until(lambda: _blocked(postgresql_apart), what="the save at the chunk's lock")
-            assert _not_counted(postgresql_apart, job_id)
+            wait_until(lambda: _blocked(own_database), what="the save at the chunk's lock")
+            assert _not_counted(own_database, job_id)
         wait_until(lambda: "40001" in met, what="a serialisation failure")

@@ -19,14 +19,14 @@ from nightherd.broker import EmbeddedBroker
 from tests.acceptance.conftest import Fleet, kill_9, write_jsonl
 from tests.commands.invoking import CommandLine, environment
 from tests.conftest import wait_until
-from tests.worker.house import store_job
-from tests.worker.test_app import PROMPTS, Workplace
+from tests.worker.harness import store_job
+from tests.worker.process.test_app import PROMPTS, WorkerCluster
 
 
 @pytest.fixture
-def embedded(sqlite_database: Database, tmp_path: Path) -> Iterator[Workplace]:
+def embedded(sqlite_database: Database, tmp_path: Path) -> Iterator[WorkerCluster]:
     """Workers without any setting of a broker."""
-    made = Workplace(sqlite_database, tmp_path, None, "")
+    made = WorkerCluster(sqlite_database, tmp_path, None, "")
     try:
         yield made
     finally:
@@ -34,8 +34,8 @@ def embedded(sqlite_database: Database, tmp_path: Path) -> Iterator[Workplace]:
         _end_server(_broker(made))
 
 
-def _broker(workplace: Workplace) -> EmbeddedBroker:
-    return EmbeddedBroker(Path(workplace.variables["NIGHTHERD_HOME"]))
+def _broker(cluster: WorkerCluster) -> EmbeddedBroker:
+    return EmbeddedBroker(Path(cluster.variables["NIGHTHERD_HOME"]))
 
 
 def _pid(broker: EmbeddedBroker) -> int:
@@ -48,8 +48,8 @@ def _end_server(broker: EmbeddedBroker) -> None:
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(5, marks=pytest.mark.faults)])
-def test_embedded_broker_kill9(embedded: Workplace, times: int) -> None:
-    """In the middle of a job: what is in hand goes on, the rest is rung for again."""
+def test_embedded_broker_kill9(embedded: WorkerCluster, times: int) -> None:
+    """In the middle of a job: chunks in flight go on, for the rest wake-ups are published again."""
     worker = embedded.start(step_seconds=0.01)
     broker = _broker(embedded)
     prompts = PROMPTS[: 8 * times]
@@ -67,7 +67,7 @@ def test_embedded_broker_kill9(embedded: Workplace, times: int) -> None:
     assert not broker.is_alive()
 
 
-def test_all_are_killed9_and_leave_a_stale_socket_and_stale_locks(embedded: Workplace) -> None:
+def test_all_are_killed9_and_leave_a_stale_socket_and_stale_locks(embedded: WorkerCluster) -> None:
     worker = embedded.start(step_seconds=0.02)
     broker = _broker(embedded)
     job = store_job(embedded.database, PROMPTS[:16], chunk_size=4, params={"max_tokens": 150})
@@ -79,11 +79,11 @@ def test_all_are_killed9_and_leave_a_stale_socket_and_stale_locks(embedded: Work
     left = {path.name for path in broker._folder.iterdir()}
     assert {"start.lock", "users.lock", "broker.pid"} <= left
     assert any(path.is_socket() for path in broker._folder.iterdir())
-    heir = embedded.start()
+    successor = embedded.start()
     embedded.wait_for_end(job)
     embedded.check_complete(job, PROMPTS[:16], max_tokens=150)
-    heir.terminate()
-    assert heir.wait(20) == 0
+    successor.terminate()
+    assert successor.wait(20) == 0
     assert not broker.is_alive()
 
 

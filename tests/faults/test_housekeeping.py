@@ -23,17 +23,17 @@ from models.store import chunks, jobs, results
 from models.worker import Worker
 from nightherd.queue import KEY_PREFIX, queue_name
 from nightherd.settings import Settings
-from producer.dispatch import Dispatcher
-from producer.housekeeping import Housekeeper
+from producer.fleet.dispatch import Dispatcher
+from producer.fleet.housekeeping import Housekeeper
 from tests.conftest import start_redis, wait_until
 from tests.faults.killing import (
     at_once,
     kills,
     pause,
     postgresql_copy,
-    settle,
-    unharmed,
     url_of,
+    wait_for_rollback,
+    without_kills,
 )
 from tests.seeding import (
     KEY,
@@ -46,13 +46,13 @@ from tests.seeding import (
     lapse,
     make_job,
     make_worker,
-    owed,
+    pending_samples,
     result_row,
     save,
     work_off,
 )
-from tests.worker.house import store_job
-from tests.worker.test_app import Workplace
+from tests.worker.harness import store_job
+from tests.worker.process.test_app import WorkerCluster
 
 MakeSettings = Callable[..., Settings]
 
@@ -80,9 +80,9 @@ def top_up_in_child(url: str, broker_url: str, home: str) -> None:
 
 
 def end_and_top_up_in_child(url: str, broker_url: str, home: str) -> None:
-    """A worker ends its chunk and rings for the next ones."""
+    """A worker ends its chunk and publishes wake-ups for the next ones."""
     database = Database(url)
-    with unharmed():
+    with without_kills():
         worker = make_worker(database, slots=1)
         held = claim(database, worker)
     save(database, worker, held)
@@ -105,18 +105,18 @@ def test_kill9_around_top_up(
     seen = set()
     given = (url_of(database), broker_url, str(tmp_path / "home"))
     for point in kills(piece, *given, also=["celery:Celery.send_task"]):
-        settle(database)
+        wait_for_rollback(database)
         published, wanted = _waiting(server), 2 * _live_slots(database)
         seen.add(published)
         tick = Housekeeper(database, Dispatcher(database, settings, broker_url), settings).tick()
         assert published + tick.wake_ups == _waiting(server) == wanted, point
         server.flushall()
-        _bury_all_but(database, live)
+        _mark_dead_all_but(database, live)
     wanted = 2 * _live_slots(database)
     assert _waiting(server) == wanted
     assert set(range(wanted + 1)) == seen
     work_off(database, live)
-    _bury_all_but(database, live)
+    _mark_dead_all_but(database, live)
     work_off(database, live)
     assert job(database, job_id).state == "completed"
     check_sums(database, job_id)
@@ -127,7 +127,7 @@ def _live_slots(database: Database) -> int:
         return sum(chunks.live_slots(connection, KEY).values())
 
 
-def _bury_all_but(database: Database, live: str) -> None:
+def _mark_dead_all_but(database: Database, live: str) -> None:
     with database.read() as connection:
         others = select(Worker.id).where(Worker.state == "ready", Worker.id != live)
         found = list(connection.execute(others).scalars())
@@ -138,7 +138,7 @@ def _bury_all_but(database: Database, live: str) -> None:
 # At once.
 
 
-def keep_house(go: Callable[[], None], url: str, broker_url: str, home: str) -> dict[str, Any]:
+def tick_in_child(go: Callable[[], None], url: str, broker_url: str, home: str) -> dict[str, Any]:
     """A process that has ticked for more than a lease, and then ticks in the instant of all."""
     now = 1000.0
     database = Database(url)
@@ -185,7 +185,7 @@ def test_ten_housekeepers_at_once(
         server.flushall()
 
     given = (url_of(database), broker_url, str(tmp_path / "home"))
-    reports = at_once([(keep_house, given)] * 10, first=make_work)
+    reports = at_once([(tick_in_child, given)] * 10, first=make_work)
     assert Counter(one for report in reports for one in report["dead"]) == Counter(dead)
     assert [one for report in reports for one in report["completed"]] == done
     assert [one for report in reports for one in report["expired"]] == overdue
@@ -196,7 +196,7 @@ def test_ten_housekeepers_at_once(
     rows = [row for job_id in ids for row in job_chunks(database, job_id)]
     assert {row.state for row in rows} == {"queued"}
     assert sum(row.deaths for row in rows) == 15
-    # All at once may ring a few times too often, each for two; never too rarely.
+    # All at once may publish too many, each up to two; never too few.
     assert 2 <= _waiting(server) <= 20
     work_off(database, make_worker(database))
     for job_id in ids:
@@ -214,7 +214,7 @@ def end_chunks(go: Callable[[], None], url: str) -> list[str]:
     saves = []
     for job_id in _open_jobs(database):
         held = claim(database, worker, only_job=job_id)
-        rows = [result_row(index) for index, _ in owed(database, held)]
+        rows = [result_row(index) for index, _ in pending_samples(database, held)]
         saves.append(as_save(held, rows, end="done"))
     go()
     # The clock is the same for all processes: so they meet anew for each job.
@@ -227,7 +227,7 @@ def end_chunks(go: Callable[[], None], url: str) -> list[str]:
 
 
 def complete_all(go: Callable[[], None], url: str) -> list[str]:
-    """A tick's net beside them, again and again."""
+    """Completes ended jobs, as each tick does, again and again."""
     database = Database(url)
     go()
     completed: list[str] = []
@@ -246,7 +246,7 @@ def _open_jobs(database: Database) -> list[str]:
 def test_two_workers_finish_the_last_two_chunks_together(
     database: Database, beside: tuple[Callable[..., Any], ...]
 ) -> None:
-    """In two processes: each job is completed exactly once, with no sweep to mend it or with."""
+    """In two processes: each job is completed exactly once, with a sweep beside them or without."""
     ids = [make_job(database, 8) for _ in range(ROUNDS)]
     url = url_of(database)
     answers = at_once([(piece, (url,)) for piece in (end_chunks, end_chunks, *beside)])
@@ -262,13 +262,13 @@ def test_two_workers_finish_the_last_two_chunks_together(
 
 
 @contextlib.contextmanager
-def _workplace(database: Database, folder: Path) -> Iterator[Workplace]:
+def _cluster(database: Database, folder: Path) -> Iterator[WorkerCluster]:
     """Worker processes at default settings."""
     folder.mkdir()
     with tempfile.TemporaryDirectory(prefix="nightherd-redis-") as run:
         socket = Path(run) / "redis.sock"
         server = start_redis(socket)
-        made = Workplace(database, folder, server, f"redis+socket://{socket}?virtual_host=0")
+        made = WorkerCluster(database, folder, server, f"redis+socket://{socket}?virtual_host=0")
         for name in ("LEASE", "RENEW", "TICK", "WATCH", "SAVE"):
             del made.variables[f"NIGHTHERD_{name}_SECONDS"]
         try:
@@ -279,11 +279,11 @@ def _workplace(database: Database, folder: Path) -> Iterator[Workplace]:
             server.wait()
 
 
-def _all_on(workplace: Workplace, chunks: int) -> Callable[[], bool]:
+def _all_on(cluster: WorkerCluster, chunks: int) -> Callable[[], bool]:
     """Whether all chunks run on the one worker that is ready and started last."""
 
     def look() -> bool:
-        with workplace.database.read() as connection:
+        with cluster.database.read() as connection:
             newest = connection.execute(
                 select(Worker.id).where(Worker.state == "ready").order_by(Worker.id.desc()).limit(1)
             ).scalar_one()
@@ -295,30 +295,30 @@ def _all_on(workplace: Workplace, chunks: int) -> Callable[[], bool]:
     return look
 
 
-def _recovery(workplace: Workplace) -> dict[str, float]:
+def _recovery(cluster: WorkerCluster) -> dict[str, float]:
     """Seconds until the chunks of a drained worker, and of a dead one, run elsewhere."""
     took = {}
-    first = workplace.start(step_seconds=0.1)
+    first = cluster.start(step_seconds=0.1)
     job_id = store_job(
-        workplace.database, [f"p{n}" for n in range(4)], chunk_size=1, params={"max_tokens": 4000}
+        cluster.database, [f"p{n}" for n in range(4)], chunk_size=1, params={"max_tokens": 4000}
     )
-    workplace.ring()
-    wait_until(_all_on(workplace, 4), seconds=30, what="all chunks on the first worker")
+    cluster.publish_wakeups()
+    wait_until(_all_on(cluster, 4), seconds=30, what="all chunks on the first worker")
 
-    second = workplace.start(step_seconds=0.1)
+    second = cluster.start(step_seconds=0.1)
     started = time.monotonic()
     first.terminate()
-    wait_until(_all_on(workplace, 4), seconds=30, what="all chunks on the second worker")
+    wait_until(_all_on(cluster, 4), seconds=30, what="all chunks on the second worker")
     took["drained"] = time.monotonic() - started
     assert first.wait(10) == 0
 
-    third = workplace.start(step_seconds=0.1)
-    pause(DEFAULTS.lease_seconds + 2 * DEFAULTS.tick_seconds)  # until it may judge others
+    third = cluster.start(step_seconds=0.1)
+    pause(DEFAULTS.lease_seconds + 2 * DEFAULTS.tick_seconds)  # until it may declare others dead
     started = time.monotonic()
     second.kill()
-    wait_until(_all_on(workplace, 4), seconds=120, what="all chunks on the third worker")
+    wait_until(_all_on(cluster, 4), seconds=120, what="all chunks on the third worker")
     took["dead"] = time.monotonic() - started
-    rows = job_chunks(workplace.database, job_id)
+    rows = job_chunks(cluster.database, job_id)
     assert [row.deaths for row in rows] == [1] * 4
     assert third.poll() is None
     return took
@@ -338,12 +338,12 @@ def test_recovery_at_default_settings(
         url = stack.enter_context(postgresql_copy(postgresql, postgresql_template))
         other = Database(url)
         stack.callback(other.close)
-        places = [
-            stack.enter_context(_workplace(database, tmp_path / name))
+        clusters = [
+            stack.enter_context(_cluster(database, tmp_path / name))
             for database, name in ((sqlite_database, "sqlite"), (other, "postgresql"))
         ]
         with ThreadPoolExecutor(2) as pool:
-            took = list(pool.map(_recovery, places))
+            took = list(pool.map(_recovery, clusters))
     print(took)
     for each in took:
         assert each["drained"] <= 2, took

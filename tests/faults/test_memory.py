@@ -10,12 +10,12 @@ import pytest
 from models.database import Database
 from nightherd.settings import Settings
 from tests.fakes import FakeEngine, byte_text, expected_text, fake_tokens
-from tests.worker.house import SEED, House, open_house, store_job
+from tests.worker.harness import SEED, WorkerHarness, open_harness, store_job
 from worker.engine import engine as engine_module
 from worker.engine.block_manager import BlockManager
 from worker.engine.engine import BatchEngine
 from worker.engine.runner import Choices
-from worker.engine.scheduler import Plan, Scheduler
+from worker.engine.scheduler import Scheduler, StepPlan
 from worker.engine.sequence import Sequence
 
 MakeSettings = Callable[..., Settings]
@@ -40,7 +40,7 @@ class SmallDevice:
         """Rows of each step that went well."""
         self.failures = 0
 
-    def execute(self, plan: Plan) -> Choices:
+    def execute(self, plan: StepPlan) -> Choices:
         if plan.rows > self.rows or any(s.sequence.length > self.length for s in plan.spans):
             self.failures += 1
             raise self._error
@@ -51,7 +51,7 @@ class SmallDevice:
     def _next(self, sequence: Sequence) -> int:
         request = sequence.request
         tokens = fake_tokens(
-            request.prompt_token_ids, request.seeds[sequence.place], request.max_new_tokens
+            request.prompt_token_ids, request.seeds[sequence.index], request.max_new_tokens
         )
         return tokens[sequence.generated]
 
@@ -71,11 +71,11 @@ class Engine(BatchEngine):
         super().__init__(device, Scheduler(blocks, max_sequences=32, budget=256), 1024)
 
     def go_on(self) -> None:
-        """It never stands still."""
+        """Not needed: it is never held up."""
 
 
-def _house(database: Database, settings: Settings, device: SmallDevice) -> Any:
-    return open_house(
+def _harness(database: Database, settings: Settings, device: SmallDevice) -> Any:
+    return open_harness(
         database, settings, cast(FakeEngine, Engine(device)), watching=True, context_length=1024
     )
 
@@ -89,27 +89,27 @@ def test_out_of_memory_makes_batches_smaller_and_goes_on(
 ) -> None:
     job = store_job(sqlite_database, PROMPTS, chunk_size=8, params={"max_tokens": 40})
     device = SmallDevice(error, rows=5)
-    with _house(sqlite_database, make_settings(), device) as house:
-        wakes = [house.wake() for _ in range(4)]
+    with _harness(sqlite_database, make_settings(), device) as harness:
+        wakes = [harness.wake() for _ in range(4)]
         assert [wake.result(30) for wake in wakes] == ["done"] * 4
-        house.check_complete(job, PROMPTS, max_tokens=40)
-        _lives(house)
+        harness.check_complete(job, PROMPTS, max_tokens=40)
+        _still_works(harness)
     # It fails a few times at the start, not once for each token.
     assert device.failures < 100
     assert max(device.steps) == 4
     assert sum(rows == 4 for rows in device.steps) > 200
 
 
-def _lives(house: House) -> None:
+def _still_works(harness: WorkerHarness) -> None:
     """The worker takes the next job, under the same name."""
-    assert house.broken == []
-    assert house.engine.broken is None
-    name = house.identity.id
-    job = store_job(house.database, PROMPTS[:4])
-    assert house.wake().result(20) == "done"
-    house.check_complete(job, PROMPTS[:4])
-    assert house.identity.id == name
-    assert house.worker_state() == "ready"
+    assert harness.broken == []
+    assert harness.engine.broken is None
+    name = harness.identity.id
+    job = store_job(harness.database, PROMPTS[:4])
+    assert harness.wake().result(20) == "done"
+    harness.check_complete(job, PROMPTS[:4])
+    assert harness.identity.id == name
+    assert harness.worker_state() == "ready"
 
 
 def test_a_long_prompt_is_computed_in_smaller_pieces(
@@ -118,10 +118,10 @@ def test_a_long_prompt_is_computed_in_smaller_pieces(
     prompts = ["a long prompt " * 20, "short"]
     job = store_job(sqlite_database, prompts)
     device = SmallDevice(MemoryError(), rows=20)
-    with _house(sqlite_database, make_settings(), device) as house:
-        assert house.wake().result(20) == "done"
-        house.check_complete(job, prompts)
-        _lives(house)
+    with _harness(sqlite_database, make_settings(), device) as harness:
+        assert harness.wake().result(20) == "done"
+        harness.check_complete(job, prompts)
+        _still_works(harness)
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=["MemoryError", "torch"])
@@ -132,11 +132,11 @@ def test_a_request_that_alone_does_not_fit_fails_as_out_of_memory(
     prompts[11] = "far too long " * 20
     job = store_job(sqlite_database, prompts, chunk_size=8)
     device = SmallDevice(error, length=100)
-    with _house(sqlite_database, make_settings(), device) as house:
-        wakes = [house.wake() for _ in range(4)]
+    with _harness(sqlite_database, make_settings(), device) as harness:
+        wakes = [harness.wake() for _ in range(4)]
         assert [wake.result(30) for wake in wakes] == ["done"] * 4
-        assert house.job_state(job) == "completed"
-        rows = house.results(job)
+        assert harness.job_state(job) == "completed"
+        rows = harness.results(job)
         assert [row.number for row in rows] == list(range(len(prompts)))
         assert [(row.number, row.error_code) for row in rows if row.error_code] == [
             (11, "out_of_memory")
@@ -146,28 +146,28 @@ def test_a_request_that_alone_does_not_fit_fails_as_out_of_memory(
                 assert row.text == expected_text(
                     prompts[row.number], job_seed=SEED, index=row.number, sample=0, max_tokens=8
                 )
-        assert [(chunk.done, chunk.failed) for chunk in house.chunks(job)] == [
+        assert [(chunk.done, chunk.failed) for chunk in harness.chunks(job)] == [
             (8, 0),
             (7, 1),
             (8, 0),
             (8, 0),
         ]
-        _lives(house)
-        scheduler = cast(Any, house.engine).scheduler
+        _still_works(harness)
+        scheduler = cast(Any, harness.engine).scheduler
         assert (scheduler.max_sequences, scheduler.budget) == (32, 256), "the others pay nothing"
 
 
 def test_batches_grow_again_when_memory_is_there_again(
     sqlite_database: Database, make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "_CALM_STEPS", 20)
+    monkeypatch.setattr(engine_module, "_OOM_RECOVERY_STEPS", 20)
     job = store_job(sqlite_database, PROMPTS, chunk_size=8, params={"max_tokens": 40})
     device = SmallDevice(MemoryError(), rows=5)
-    with _house(sqlite_database, make_settings(), device) as house:
-        wakes = [house.wake() for _ in range(2)]
+    with _harness(sqlite_database, make_settings(), device) as harness:
+        wakes = [harness.wake() for _ in range(2)]
         assert [wake.result(30) for wake in wakes] == ["done"] * 2
         device.rows = 10_000
-        assert house.work_off() == ["done"] * 2
-        scheduler = cast(Any, house.engine).scheduler
+        assert harness.work_off() == ["done"] * 2
+        scheduler = cast(Any, harness.engine).scheduler
         assert not scheduler.limited
-        house.check_complete(job, PROMPTS, max_tokens=40)
+        harness.check_complete(job, PROMPTS, max_tokens=40)

@@ -12,11 +12,11 @@ from sqlalchemy import delete, insert, update
 from models.base import new_id
 from models.database import Database
 from models.job import Chunk, Job, Result
-from models.store import submit
+from models.store import storing
 from nightherd.params import sample_seed
 from tests.fakes import CHECKPOINT
 from tests.faults import oracle
-from tests.faults.oracle import Fault, Line, Submitted, Verdict, classify, judge, read_work
+from tests.faults.oracle import Fault, Line, Submitted, Verdict, check_ledger, classify, judge
 from tests.faults.serve import Ledger
 
 PROMPTS = ("a", "be", "see", "dead")
@@ -93,10 +93,10 @@ def test_a_wrong_result_is_unexpected(changes: dict[str, Any], word: str) -> Non
         verdict.assert_clean()
 
 
-@pytest.mark.parametrize("place", [(4, 0), (-1, 0), (0, 2)])
-def test_what_nobody_asked_for_is_unexpected(place: tuple[int, int]) -> None:
-    verdict = _classified([*ROWS, _row(JOB, *place)])
-    assert verdict.unexpected == [f"{('job', *place)} was not asked for"]
+@pytest.mark.parametrize("key", [(4, 0), (-1, 0), (0, 2)])
+def test_what_nobody_asked_for_is_unexpected(key: tuple[int, int]) -> None:
+    verdict = _classified([*ROWS, _row(JOB, *key)])
+    assert verdict.unexpected == [f"{('job', *key)} was not asked for"]
 
 
 def test_a_request_that_must_fail_must_fail_with_its_code() -> None:
@@ -130,9 +130,11 @@ def test_what_was_computed_again_is_counted() -> None:
     other = Submitted("other", 8, PROMPTS)
     lines = [_line(JOB, 0, 1), _line(JOB, 1, 2), _line(JOB, 0, 3), _line(JOB, 0, 4)]
     verdict = Verdict()
-    read_work(verdict, [JOB, other], [*lines, _line(other, 0, 5), Line("wake", "done", 1, 6)], [])
+    check_ledger(
+        verdict, [JOB, other], [*lines, _line(other, 0, 5), Line("wake", "done", 1, 6)], []
+    )
     assert verdict == Verdict(recomputed=2)
-    read_work(verdict, [JOB], [_line(other, 0, 5)], [])
+    check_ledger(verdict, [JOB], [_line(other, 0, 5)], [])
     assert len(verdict.unexpected) == 1, "no sample of a job has this seed"
 
 
@@ -140,9 +142,9 @@ def test_computing_again_what_was_saved_is_unexpected() -> None:
     saved = [sample_seed(JOB.seed, None, 1, 0)]
     lines = [_line(JOB, 1, 9), _line(JOB, 0, 9), _line(JOB, 0, 11)]
     verdict = Verdict()
-    read_work(verdict, [JOB], lines, [Fault(10, (), saved)])
+    check_ledger(verdict, [JOB], lines, [Fault(10, (), saved)])
     assert verdict == Verdict(recomputed=1)
-    read_work(verdict, [JOB], [*lines, _line(JOB, 1, 11)], [Fault(10, (), saved)])
+    check_ledger(verdict, [JOB], [*lines, _line(JOB, 1, 11)], [Fault(10, (), saved)])
     assert verdict.unexpected == [f"{('job', 1, 0)} was saved, and computed again"]
 
 
@@ -150,7 +152,7 @@ def test_recovery_is_the_longest_wait_for_work_that_was_hit() -> None:
     hit = [sample_seed(JOB.seed, None, index, 0) for index in (1, 2)]
     lines = [_line(JOB, 1, 9), _line(JOB, 0, 11), _line(JOB, 2, 12.5), _line(JOB, 1, 13)]
     verdict = Verdict()
-    read_work(verdict, [JOB], lines, [Fault(10, hit), Fault(12, hit), Fault(99, hit)])
+    check_ledger(verdict, [JOB], lines, [Fault(10, hit), Fault(12, hit), Fault(99, hit)])
     assert verdict.recovery == 2.5
 
 
@@ -187,13 +189,13 @@ def test_it_finds_what_is_wrong_in_a_database(
 ) -> None:
     job = Submitted(new_id(), 7, PROMPTS)
     with sqlite_database.write() as connection:
-        submit.begin_storing(connection, submit.NewJob(job.job_id, CHECKPOINT, 7, {}))
+        storing.begin_storing(connection, storing.NewJob(job.job_id, CHECKPOINT, 7, {}))
         requests = [
-            submit.NewRequest(index, {"prompt": prompt}, None, None, 1)
+            storing.NewRequest(index, {"prompt": prompt}, None, None, 1)
             for index, prompt in enumerate(PROMPTS)
         ]
-        submit.store_requests(connection, job.job_id, requests)
-        submit.finish_storing(connection, job.job_id, [submit.ChunkRange(0, 4, 4)])
+        storing.store_requests(connection, job.job_id, requests)
+        storing.finish_storing(connection, job.job_id, [storing.ChunkRange(0, 4, 4)])
         connection.execute(
             update(Chunk).values(state="done", done=4, prompt_tokens=10, completion_tokens=32)
         )

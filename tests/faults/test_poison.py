@@ -16,7 +16,7 @@ POISON = "a prompt that kills"
 
 
 def _start_again(fleet: Fleet, workers: list[Process]) -> int:
-    """Starts a worker in the place of each that was killed; how many that were."""
+    """Starts a worker for each that was killed; how many they were."""
     killed = [worker for worker in workers if worker.poll() is not None]
     for worker in killed:
         assert worker.returncode == -signal.SIGKILL, fleet.log(worker)
@@ -36,7 +36,7 @@ def _poison_among(
     prompts.insert(middle, POISON)
     job = fleet.submit(prompts, chunk_size=chunk_size, errors={middle: "poison"})
     for number in range(beside):
-        fleet.submit([f"other {number}.{place}" for place in range(100)], chunk_size=chunk_size)
+        fleet.submit([f"other {number}.{index}" for index in range(100)], chunk_size=chunk_size)
     killed = 0
 
     def has_ended() -> bool:
@@ -47,8 +47,8 @@ def _poison_among(
     wait_until(has_ended, seconds=seconds, what="the end of all jobs")
     fleet.is_clean()
     assert fleet.column(select(Result.index).where(Result.error_code == "poison")) == [middle]
-    # Two deaths make its chunk solo and halve it, each further halving costs one, and three more it
-    # must die alone.
+    # Two deaths isolate its chunk and halve it, each further halving costs one, and alone it must
+    # die three times more.
     halvings = math.ceil(math.log2(chunk_size))
     assert killed <= 2 + max(0, halvings - 1) + 3, "the number of deaths is bounded"
     assert len(fleet.lines("death")) == killed

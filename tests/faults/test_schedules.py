@@ -19,20 +19,20 @@ from models.database import Database
 from models.job import Chunk, Job, Request
 from models.schedule import Firing, Schedule
 from nightherd.settings import Settings
-from producer.schedules.by_hand import run_now
+from producer.schedules.manual import run_now
 from tests.acceptance.conftest import Fleet as Processes
 from tests.commands.invoking import CommandLine, environment
 from tests.conftest import wait_until
-from tests.faults.killing import at_once, kills, settle, url_of
+from tests.faults.killing import at_once, kills, url_of, wait_for_rollback
 from tests.faults.test_submit import COPIED
 from tests.receiver import SECRET, Receiver, receiver
 from tests.scheduling import (
     Clock,
     all_firings,
+    firing_loop,
     jobs_by_state,
     lapse_claims,
     make_schedule,
-    scheduler,
     told,
     utc,
     write_input,
@@ -49,8 +49,8 @@ def _settings(home: str) -> Settings:
 
 
 def round_in_child(url: str, home: str) -> None:
-    """One round of a beat at the time of the slot."""
-    with scheduler(Database(url), _settings(home), Clock(DUE)) as beat:
+    """One round of a beat at the scheduled time."""
+    with firing_loop(Database(url), _settings(home), Clock(DUE)) as beat:
         beat.round()
 
 
@@ -71,7 +71,7 @@ def _count(database: Database) -> tuple[int, int]:
         )  # type: ignore[return-value]
 
 
-def _whole(database: Database, point: str) -> None:
+def _check_whole(database: Database, point: str) -> None:
     """One firing, which is live, with one whole job."""
     (row,) = all_firings(database)
     assert row.state == "submitted", point
@@ -95,20 +95,20 @@ def test_beat_kill9_at_every_statement_of_a_firing(database: Database, tmp_path:
     taken_over = points = 0
     for point in kills(round_in_child, url_of(database), home, also=[COPIED]):
         points += 1
-        settle(database)
+        wait_for_rollback(database)
         states = {row.state for row in all_firings(database)}
         assert states <= {"claimed", "submitted"}, point
         lapse_claims(database)
-        with scheduler(database, _settings(home), Clock(DUE)) as other:
+        with firing_loop(database, _settings(home), Clock(DUE)) as other:
             fired = other.round().fired
         if states == {"claimed"}:
             taken_over += 1
             assert all_firings(database)[0].attempts == 2, point
         assert len(fired) == (states != {"submitted"}), point
-        _whole(database, point)
+        _check_whole(database, point)
         _start_again(database)
-    settle(database)
-    _whole(database, "survived")
+    wait_for_rollback(database)
+    _check_whole(database, "survived")
     assert points > 25
     assert taken_over > 15
 
@@ -120,12 +120,12 @@ def test_run_now_kill9_at_every_statement(sqlite_database: Database, tmp_path: P
     ends = set()
     for point in kills(run_now_in_child, url_of(database), home):
         lapse_claims(database)
-        with scheduler(database, _settings(home), Clock(DUE)) as beat:
+        with firing_loop(database, _settings(home), Clock(DUE)) as beat:
             beat.round()
         found = all_firings(database)
         ends.add(len(found))
         if found:
-            _whole(database, point)
+            _check_whole(database, point)
         else:
             assert set(jobs_by_state(database)) <= {"storing"}, point
         _start_again(database)
@@ -148,7 +148,7 @@ def test_beat_kill9_at_every_statement_of_the_end(
         keep_succeeded=0,
     )
     home = str(tmp_path / "home")
-    with scheduler(database, _settings(home), Clock(DUE)) as beat:
+    with firing_loop(database, _settings(home), Clock(DUE)) as beat:
         beat._look_for_ends_at = 1e12
         beat.round()
     work_off(database, make_worker(database))
@@ -164,7 +164,7 @@ def test_beat_kill9_at_every_statement_of_the_end(
         seen.add((out / "rows.jsonl").exists())
         opened = Database(f"sqlite:///{copy}")
         lapse_claims(opened)
-        with scheduler(opened, _settings(home), Clock(DUE)) as other:
+        with firing_loop(opened, _settings(home), Clock(DUE)) as other:
             other.round()
         lines = (out / "rows.jsonl").read_text().splitlines()
         assert [json.loads(line)["index"] for line in lines] == list(range(ROWS)), point
@@ -182,7 +182,7 @@ def test_beat_kill9_at_every_statement_of_the_end(
 
 def beat_at_once(go: Callable[[], None], url: str, home: str) -> list[int]:
     database = Database(url)
-    with scheduler(database, _settings(home), Clock(DUE)) as beat:
+    with firing_loop(database, _settings(home), Clock(DUE)) as beat:
         go()
         return [fired.firing_id for fired in beat.round().fired]
 
@@ -214,14 +214,14 @@ def test_the_database_is_away_for_a_while(
 
     make_schedule(sqlite_database, write_input(tmp_path / "in.jsonl", ROWS))
     monkeypatch.setattr(module, "submit", away)
-    with scheduler(sqlite_database, _settings(str(tmp_path)), Clock(DUE)) as beat:
+    with firing_loop(sqlite_database, _settings(str(tmp_path)), Clock(DUE)) as beat:
         with pytest.raises(DatabaseError):
             beat.round()
         monkeypatch.setattr(module, "submit", real)
         assert not beat.round().fired
         lapse_claims(sqlite_database)
         assert len(beat.round().fired) == 1
-    _whole(sqlite_database, "after")
+    _check_whole(sqlite_database, "after")
 
 
 # Real processes.
@@ -240,7 +240,7 @@ def _beats(processes: Processes, count: int) -> None:
 
 
 def test_two_beats_fire_and_end_a_schedule(tmp_path: Path) -> None:
-    """The command line, two beats, no broker: each slot once, and the output of what ended."""
+    """The command line, two beats, no broker: each time fires once; the output of what ended."""
     variables = environment(
         tmp_path,
         broker_url=f"redis+socket://{tmp_path}/none.sock",
@@ -281,18 +281,18 @@ def test_a_schedule_each_minute_for_five_minutes(tmp_path: Path, redis_socket: P
     """The real clock: two beats, one of which is killed, a broker, a worker, a webhook receiver."""
     with receiver() as told_of:
         found = _each_minute(tmp_path, redis_socket, told_of)
-    slots = [row.scheduled_for_utc for row in found]
-    assert len(slots) >= MINUTES
-    assert {later - earlier for earlier, later in pairwise(slots)} == {timedelta(minutes=1)}
+    times = [row.scheduled_for_utc for row in found]
+    assert len(times) >= MINUTES
+    assert {later - earlier for earlier, later in pairwise(times)} == {timedelta(minutes=1)}
     late = [(row.created_at - row.scheduled_for_utc).total_seconds() for row in found]
-    print(f"{len(slots)} firings, claimed {min(late):.2f} to {max(late):.2f} s after their slots")
+    print(f"{len(times)} firings, claimed {min(late):.2f} to {max(late):.2f} s after their times")
     assert max(late) < 10
     jobs = [row.job for row in found]
     assert len(set(jobs)) == len(found)
     for row in found:
         assert len(Path(row.output).read_text().splitlines()) == 3
-    assert all(heard.is_signed() for heard in told_of.heard)
-    once = {heard.id: heard.body["data"]["job"] for heard in told_of.heard}
+    assert all(received.is_signed() for received in told_of.received)
+    once = {received.id: received.body["data"]["job"] for received in told_of.received}
     assert sorted(once.values()) == sorted(jobs)
 
 
@@ -329,7 +329,7 @@ def _each_minute(tmp_path: Path, redis_socket: Path, told_of: Receiver) -> Seque
         )
         found = all_firings(database)
         wait_until(
-            lambda: len({heard.id for heard in told_of.heard}) >= len(found),
+            lambda: len({received.id for received in told_of.received}) >= len(found),
             seconds=30,
             what="the last webhook",
         )

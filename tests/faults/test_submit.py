@@ -19,12 +19,12 @@ from models.job import Chunk, Job, Request
 from models.store import leases
 from models.store.chunks import Claim
 from nightherd.settings import Settings
-from producer.housekeeping import ORPHAN_SECONDS, Housekeeper
-from producer.readers import Row
-from producer.status import job_views
-from producer.submit import JobOptions, SubmittedJob, submit
+from producer.fleet.housekeeping import ORPHAN_SECONDS, Housekeeper
+from producer.inputs.reader import Row
+from producer.jobs.create import JobOptions, SubmittedJob, submit
+from producer.jobs.status import job_views
 from tests.commands.invoking import CommandLine, environment
-from tests.faults.killing import kills, settle, url_of
+from tests.faults.killing import kills, url_of, wait_for_rollback
 from tests.seeding import (
     KEY,
     check_sums,
@@ -73,12 +73,12 @@ def _visible(database: Database) -> list[str]:
 
 
 def _tick_later(database: Database, settings: Settings) -> int:
-    """The tick that comes when the orphan has stood still for long enough; how much it removed."""
+    """A tick once the orphan is old enough; how many rows it removed."""
     with database.write() as connection:
         connection.execute(update(Job).values(touched_at=db_now(-ORPHAN_SECONDS - 1)))
         connection.exec_driver_sql("UPDATE sweeps SET last_at = '2000-01-01 00:00:00.000000'")
-    bells: Any = SimpleNamespace(top_up=lambda key: 0)
-    return Housekeeper(database, bells, settings).tick().orphan_rows
+    dispatcher: Any = SimpleNamespace(top_up=lambda key: 0)
+    return Housekeeper(database, dispatcher, settings).tick().orphan_rows
 
 
 @pytest.fixture
@@ -95,13 +95,13 @@ def test_producer_kill9_at_every_statement_of_submit(
     home = str(tmp_path / "home")
     for point in kills(submit_in_child, url_of(database), home, also=[COPIED]):
         points += 1
-        settle(database)
+        wait_for_rollback(database)
         found = _visible(database)
         if not found:
             ends.add("absent")
             assert try_claim(database, worker) == "nothing", point
             left = sum(_count(database).values())
-            # What is left stands in nobody's way, and goes.
+            # What is left does no harm, and is removed.
             again = _submit(database, tmp_path)
             assert _visible(database) == [again.id], point
             assert _tick_later(database, settings) == left, point

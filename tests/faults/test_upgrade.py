@@ -9,14 +9,14 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import insert, select, text
 
 import models
-from migrations import runner
+from migrations import schema
 from models import Base
 from models.database import Database
 from models.store import jobs
 from nightherd.settings import Settings
 from tests.conftest import wait_until
 from tests.seeding import die
-from tests.worker.house import open_house, store_job
+from tests.worker.harness import open_harness, store_job
 
 MakeSettings = Callable[..., Settings]
 Rows = dict[str, list[dict[str, Any]]]
@@ -29,7 +29,7 @@ for number in TOO_LONG:
 
 def _revision_before() -> str | None:
     """The revision before the newest; None while there is but one."""
-    script = ScriptDirectory(runner._folder()).get_revision(models.SCHEMA_REVISION)
+    script = ScriptDirectory(schema._folder()).get_revision(models.SCHEMA_REVISION)
     assert script is not None
     before = script.down_revision
     assert before is None or isinstance(before, str)
@@ -66,35 +66,35 @@ def test_upgrade_of_a_job_that_is_half_done(
     """Down and up again on filled tables; where down leaves no table, the rows come from a dump."""
     settings = make_settings()
     job = store_job(database, PROMPTS)
-    with open_house(database, settings) as house:
-        assert [house.wake().result(20) for _ in range(2)] == ["done"] * 2
+    with open_harness(database, settings) as harness:
+        assert [harness.wake().result(20) for _ in range(2)] == ["done"] * 2
         # Of the third chunk two have their answer, and then it dies.
-        house.engine.hang()
-        wake = house.wake()
-        wait_until(lambda: house.chunks(job)[2].failed == 2, what="half a chunk")
-        worker = house.identity.id
-        house.inflight.abort_all(lost=True)
+        harness.engine.hang()
+        wake = harness.wake()
+        wait_until(lambda: harness.chunks(job)[2].failed == 2, what="half a chunk")
+        worker = harness.identity.id
+        harness.inflight.abort_all(lost=True)
         wake.result(20)
     dumped = _dump(database)
     before = _revision_before()
-    runner.downgrade(database, before or "base")
-    assert runner.current_revision(database) == before
-    runner.upgrade(database)
-    assert runner.current_revision(database) == models.SCHEMA_REVISION
+    schema.downgrade(database, before or "base")
+    assert schema.current_revision(database) == before
+    schema.upgrade(database)
+    assert schema.current_revision(database) == models.SCHEMA_REVISION
     if before is None:
         _load(database, dumped)
     assert _dump(database) == dumped
 
     die(database, worker)
-    with open_house(database, settings, context_length=1024) as heir:
-        states = [(chunk.state, chunk.deaths) for chunk in heir.chunks(job)]
+    with open_harness(database, settings, context_length=1024) as successor:
+        states = [(chunk.state, chunk.deaths) for chunk in successor.chunks(job)]
         assert states == [("done", 0), ("done", 0), ("queued", 1), ("queued", 0)]
-        heir.work_off()
-        assert heir.engine.added == 6, "what was done is not computed again"
-        assert heir.job_state(job) == "completed"
-        assert [row.number for row in heir.results(job) if row.error_code] == TOO_LONG
+        successor.work_off()
+        assert successor.engine.added == 6, "what was done is not computed again"
+        assert successor.job_state(job) == "completed"
+        assert [row.number for row in successor.results(job) if row.error_code] == TOO_LONG
         # New chunks can be made, too.
         assert database.retrying(lambda c: jobs.retry(c, job, only_code=None, chunk_size=4)) == 3
-        heir.work_off()
-        assert len(heir.chunks(job)) == 5
-        heir.check_complete(job, PROMPTS)
+        successor.work_off()
+        assert len(successor.chunks(job)) == 5
+        successor.check_complete(job, PROMPTS)

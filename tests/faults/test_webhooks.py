@@ -1,4 +1,4 @@
-"""Fault: a courier is killed with -9 at each of its statements; some meet; a receiver hangs."""
+"""Fault: a deliverer is killed with -9 at each of its statements; some meet; a receiver hangs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from models.job import Job
 from models.store import webhooks as store
 from models.webhook import Webhook
 from nightherd.settings import Settings
-from producer.readers import Row
-from producer.submit import JobOptions, submit
-from producer.webhooks import Courier
+from producer.inputs.reader import Row
+from producer.jobs.create import JobOptions, submit
+from producer.webhooks.delivery import WebhookDeliverer
 from tests.conftest import wait_until
 from tests.faults.conftest import PROMPTS, Fleet
-from tests.faults.killing import at_once, kills, settle, url_of
+from tests.faults.killing import at_once, kills, url_of, wait_for_rollback
 from tests.receiver import SECRET, Receiver, receiver
 from tests.seeding import make_job, make_worker, work_off
 
-SENT = "producer.webhook_sender:Sender.send"
+SENT = "producer.webhooks.sender:Sender.send"
 """Sending is no statement, so before and after it are points of their own."""
 
 
@@ -33,14 +33,14 @@ def _settings() -> Settings:
 
 
 def deliver_in_child(url: str) -> None:
-    Courier(Database(url), _settings()).round()
+    WebhookDeliverer(Database(url), _settings()).round()
 
 
 def deliver_when_all_are_ready(go: Callable[[], None], url: str) -> None:
     database = Database(url)
     database.now()
     go()
-    Courier(database, _settings()).round()
+    WebhookDeliverer(database, _settings()).round()
 
 
 @pytest.fixture
@@ -62,37 +62,39 @@ def _state(database: Database) -> str:
         return connection.execute(select(Webhook.state)).scalar_one()
 
 
-def _next_courier(database: Database) -> None:
+def _next_deliverer(database: Database) -> None:
     """Another one, when the dead one's claim has lapsed."""
     with database.write() as connection:
         connection.execute(
             update(Webhook).where(Webhook.state == "due").values(next_attempt_at=db_now(-1))
         )
-    Courier(database, _settings()).round()
+    WebhookDeliverer(database, _settings()).round()
 
 
-def test_courier_kill9_at_every_statement_of_a_delivery(database: Database, hook: Receiver) -> None:
+def test_deliverer_kill9_at_every_statement_of_a_delivery(
+    database: Database, hook: Receiver
+) -> None:
     worker = make_worker(database)
     times: dict[str, set[int]] = {}
     points = 0
     _ended_jobs(database, worker, hook)
     for point in kills(deliver_in_child, url_of(database), also=[SENT]):
         points += 1
-        settle(database)
+        wait_for_rollback(database)
         before = _state(database)
-        _next_courier(database)
+        _next_deliverer(database)
         assert _state(database) == "delivered", point
-        assert len({(heard.id, heard.raw) for heard in hook.heard}) == 1, point
-        heard = len(hook.heard)
-        times.setdefault(before, set()).add(heard)
-        _next_courier(database)
-        assert len(hook.heard) == heard, point
+        assert len({(received.id, received.raw) for received in hook.received}) == 1, point
+        received = len(hook.received)
+        times.setdefault(before, set()).add(received)
+        _next_deliverer(database)
+        assert len(hook.received) == received, point
         with database.write() as connection:
             connection.execute(delete(Job))
-        hook.heard.clear()
+        hook.received.clear()
         _ended_jobs(database, worker, hook)
     # And the one that survived.
-    assert len(hook.heard) == 1
+    assert len(hook.received) == 1
     assert _state(database) == "delivered"
     # Between the answer and its record it is sent again, after a recorded 2xx never.
     assert times == {"waiting": {1}, "due": {1, 2}, "delivered": {1}}
@@ -100,12 +102,18 @@ def test_courier_kill9_at_every_statement_of_a_delivery(database: Database, hook
 
 
 def submit_in_child(url: str, home: str, store_batch: int) -> None:
-    def live(connection: Connection, job_id: str) -> None:
+    def before_commit(connection: Connection, job_id: str) -> None:
         store.expect(connection, job_id=job_id, on_complete="https://a.example", on_failure=None)
 
     settings = Settings.model_validate({"home": home, "store_batch": store_batch})
     rows = [Row(line, {"prompt": "a"}, None, None) for line in (1, 2)]
-    submit(Database(url), settings, rows, JobOptions(checkpoint_key="demo"), live=live)
+    submit(
+        Database(url),
+        settings,
+        rows,
+        JobOptions(checkpoint_key="demo"),
+        before_commit=before_commit,
+    )
 
 
 def test_producer_kill9_leaves_no_live_job_without_its_webhook(
@@ -116,19 +124,19 @@ def test_producer_kill9_leaves_no_live_job_without_its_webhook(
     found = select(Job.state, Webhook.state).outerjoin(Webhook, Webhook.job_id == Job.id)
     for store_batch in (2, 1):
         for _ in kills(submit_in_child, url_of(database), str(tmp_path), store_batch):
-            settle(database)
+            wait_for_rollback(database)
             with database.read() as connection:
                 states |= {(row[0], row[1]) for row in connection.execute(found)}
         assert ("queued", "waiting") in states
     assert states == {("storing", None), ("queued", "waiting")}
 
 
-def test_couriers_of_several_processes_at_once(database: Database, hook: Receiver) -> None:
+def test_deliverers_of_several_processes_at_once(database: Database, hook: Receiver) -> None:
     worker = make_worker(database)
     _ended_jobs(database, worker, hook, count=30)
     at_once([(deliver_when_all_are_ready, [url_of(database)])] * 3)
-    assert len(hook.heard) == 30
-    assert len({heard.id for heard in hook.heard}) == 30
+    assert len(hook.received) == 30
+    assert len({received.id for received in hook.received}) == 30
     with database.read() as connection:
         assert set(connection.execute(select(Webhook.state)).scalars()) == {"delivered"}
 
@@ -145,11 +153,11 @@ def test_worker_goes_on_and_leaves_at_once_while_a_receiver_hangs(
     }
     worker = sqlite_fleet.start(variables=variables)
     try:
-        job = sqlite_fleet.submit(PROMPTS[:4], ring=False)
+        job = sqlite_fleet.submit(PROMPTS[:4], publish=False)
         with sqlite_fleet.database.write() as connection:
             store.expect(connection, job_id=job.job_id, on_complete=hook.url, on_failure=None)
-        sqlite_fleet.ring()
-        wait_until(lambda: len(hook.heard) == 1, seconds=30, what="the attempt")
+        sqlite_fleet.publish_wakeups()
+        wait_until(lambda: len(hook.received) == 1, seconds=30, what="the attempt")
         sqlite_fleet.submit(PROMPTS)
         sqlite_fleet.is_clean(seconds=30)
         assert sqlite_fleet.workers() == ["ready"]
@@ -159,6 +167,6 @@ def test_worker_goes_on_and_leaves_at_once_while_a_receiver_hangs(
         over.set()
     assert sqlite_fleet.workers() == ["stopped"]
     assert _state(sqlite_fleet.database) == "due"
-    _next_courier(sqlite_fleet.database)
+    _next_deliverer(sqlite_fleet.database)
     assert _state(sqlite_fleet.database) == "delivered"
-    assert len({heard.id for heard in hook.heard}) == 1
+    assert len({received.id for received in hook.received}) == 1

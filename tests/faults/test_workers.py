@@ -22,13 +22,13 @@ MANY = [f"prompt {number}" for number in range(160)]
 RAGGED = [4 + 7 * number % 25 for number in range(160)]
 STEPPED = [10 + 40 * (number % 4) for number in range(160)]
 """In each chunk of four, one request ends long before the others."""
-COMMIT = "worker.results:Writer._commit"
+COMMIT = "worker.chunks.writer:Writer._commit"
 LEASE_AND_TICKS = 2.0 + 2 * 0.5 + 1.0
 """The lease, a tick for the reaper, one for the wake-up, and a second for a slow machine."""
 
 
 def _kill_at_random(fleet: Fleet, kills: int, seed: int) -> None:
-    """Kills workers in the middle of chunks, with others in their place, until it was enough."""
+    """Kills workers in the middle of chunks, and starts others instead, so many times."""
     moments = random.Random(seed)
     fleet.start_beat()
     workers = fleet.start_many(2, step_seconds=0.004)
@@ -43,7 +43,7 @@ def _kill_at_random(fleet: Fleet, kills: int, seed: int) -> None:
         workers.remove(victim)
         workers.append(fleet.start(ready=False, step_seconds=0.004))
     verdict = fleet.is_clean(seconds=120)
-    assert verdict.recomputed <= kills * 4 * 8, "no more than the chunks in hand"
+    assert verdict.recomputed <= kills * 4 * 8, "no more than the chunks in flight"
     assert verdict.recovery is None or verdict.recovery < 30
 
 
@@ -68,7 +68,7 @@ def test_worker_kill9_mid_chunk_at_random_moments(fleet: Fleet, seed: int) -> No
 
 
 def test_kill9_between_pop_and_unacked(sqlite_fleet: Fleet) -> None:
-    """The broker's own loss window: the wake-up is in nobody's hands, and gone."""
+    """The broker's own loss window: the wake-up is neither queued nor unacknowledged, but gone."""
     fleet = sqlite_fleet
     victim = fleet.start(at="kombu.transport.redis:QoS.append")
     fleet.submit(PROMPTS[:4])
@@ -82,7 +82,7 @@ def test_kill9_between_pop_and_unacked(sqlite_fleet: Fleet) -> None:
 
 def test_kill9_after_commit_before_ack(fleet: Fleet) -> None:
     victim = fleet.start(
-        at="kombu.transport.redis:QoS.ack", armed_by="worker.inflight:InFlight.forget"
+        at="kombu.transport.redis:QoS.ack", armed_by="worker.chunks.inflight:InFlight.forget"
     )
     fleet.submit(PROMPTS[:4])
     fleet.is_killed(victim)
@@ -120,27 +120,27 @@ def test_sigterm_mid_chunk(fleet: Fleet) -> None:
     first.terminate()
     assert fleet.ends(first) == 0
     assert fleet.saved(), "what had finished is saved in the drain"
-    assert not fleet.owed_by(first)
+    assert not fleet.unsaved_by(first)
     wait_until(lambda: "queued" not in fleet.chunks(job), what="the other's claims")
     assert time.monotonic() - told < 5 + 2
-    assert fleet.owed_by(second)
+    assert fleet.unsaved_by(second)
     verdict = fleet.is_clean()
     assert fleet.deaths() == 0
     assert verdict.recomputed == 0
 
 
 @pytest.mark.parametrize(
-    ("place", "deaths"),
-    [(COMMIT, 1), ("worker.lease:Lease.leave", 0)],
+    ("function", "deaths"),
+    [(COMMIT, 1), ("worker.process.lease:Lease.leave", 0)],
     ids=["before its chunks are returned", "before it leaves"],
 )
-def test_sigterm_then_kill9_during_drain(fleet: Fleet, place: str, deaths: int) -> None:
+def test_sigterm_then_kill9_during_drain(fleet: Fleet, function: str, deaths: int) -> None:
     victim, _ = (
         fleet.start(
             ready=False,
             step_seconds=0.01,
-            at=place,
-            armed_by="worker.inflight:InFlight.close",
+            at=function,
+            armed_by="worker.chunks.inflight:InFlight.close",
         ),
         fleet.start(ready=False, step_seconds=0.01),
     )
@@ -181,7 +181,7 @@ def test_zombie_worker(fleet: Fleet) -> None:
     wait_until(lambda: bool(fleet.lines("signal")), seconds=30, what="the standstill")
     assert fleet.done(job) == 0
     fleet.start(step_seconds=0.005)
-    wait_until(lambda: "dead" in fleet.workers(), seconds=30, what="the burial")
+    wait_until(lambda: "dead" in fleet.workers(), seconds=30, what="its being declared dead")
     fleet.wait_for_end(job)
     zombie.send_signal(signal.SIGCONT)
     wait_until(lambda: "registering anew" in fleet.log(zombie), seconds=30)
@@ -273,8 +273,8 @@ def test_clock_skew(postgresql_fleet: Fleet, skewed_clock: Path) -> None:
     hours = {fleet.log(worker).split("Z ", 1)[0][:16] for worker in (early, late)}
     assert len(hours) == 2, "their logs tell different times"
     first = fleet.submit(MANY[:64], max_tokens=200)
-    wait_until(lambda: bool(fleet.owed_by(early)), seconds=30)
-    wait_until(lambda: bool(fleet.owed_by(late)), seconds=30)
+    wait_until(lambda: bool(fleet.unsaved_by(early)), seconds=30)
+    wait_until(lambda: bool(fleet.unsaved_by(late)), seconds=30)
     assert fleet.is_clean().recomputed == 0
     assert fleet.workers() == ["ready", "ready"]
     outside = select(func.count()).where(
@@ -284,7 +284,7 @@ def test_clock_skew(postgresql_fleet: Fleet, skewed_clock: Path) -> None:
     assert fleet.column(outside) == [0], "times of results are the database's"
     # A death is noticed after a lease of the database's seconds, not minutes early or late.
     fleet.submit(MANY[:64], max_tokens=200)
-    wait_until(lambda: bool(fleet.owed_by(early)), seconds=30)
+    wait_until(lambda: bool(fleet.unsaved_by(early)), seconds=30)
     fleet.kill_9(early)
     verdict = fleet.is_clean(seconds=30)
     assert verdict.recovery is not None

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import func, insert, inspect, select, text
 
 import models
-from migrations import runner
+from migrations import schema
 from models import Base
 from models.base import db_now
 from models.database import Database
@@ -22,7 +22,7 @@ from models.schedule import Firing, Schedule
 from models.store import leases, results
 from models.webhook import Webhook
 from nightherd.errors import DatabaseError, SchemaError
-from producer.database import open_database
+from producer.fleet.open_database import open_database
 from tests.seeding import as_save, check_sums, claim, job, make_job, make_worker, result_row, save
 
 
@@ -86,25 +86,25 @@ def tables(database: Database) -> set[str]:
 
 def test_up_down_up_on_filled_tables(empty_database: Database) -> None:
     database = empty_database
-    assert runner.current_revision(database) is None
+    assert schema.current_revision(database) is None
     for _ in range(2):
-        runner.upgrade(database)
-        assert runner.current_revision(database) == models.SCHEMA_REVISION
-        assert runner.differences(database) == []
+        schema.upgrade(database)
+        assert schema.current_revision(database) == models.SCHEMA_REVISION
+        assert schema.differences(database) == []
         job_id = fill(database)
         assert all(rows_of(database).values()), rows_of(database)
         check_sums(database, job_id)
-        runner.downgrade(database, "base")
+        schema.downgrade(database, "base")
         assert tables(database) == {"alembic_version"}
-        assert runner.current_revision(database) is None
+        assert schema.current_revision(database) is None
 
 
 def test_an_upgrade_of_what_is_up_to_date_changes_nothing(empty_database: Database) -> None:
-    runner.upgrade(empty_database)
+    schema.upgrade(empty_database)
     job_id = fill(empty_database)
     before = rows_of(empty_database)
-    runner.upgrade(empty_database)
-    runner.ensure_schema(empty_database)
+    schema.upgrade(empty_database)
+    schema.ensure_schema(empty_database)
     assert rows_of(empty_database) == before
     worker = make_worker(empty_database)
     save(empty_database, worker, claim(empty_database, worker))
@@ -112,7 +112,7 @@ def test_an_upgrade_of_what_is_up_to_date_changes_nothing(empty_database: Databa
 
 
 def test_the_first_sweep_is_due_at_once(empty_database: Database) -> None:
-    runner.upgrade(empty_database)
+    schema.upgrade(empty_database)
     with empty_database.write() as connection:
         assert leases.elect(connection, "fleet", period_seconds=3600)
         assert not leases.elect(connection, "fleet", period_seconds=3600)
@@ -121,10 +121,10 @@ def test_the_first_sweep_is_due_at_once(empty_database: Database) -> None:
 def test_the_program_knows_the_newest_revision_and_no_more() -> None:
     from alembic.script import ScriptDirectory
 
-    script = ScriptDirectory(str(Path(runner.__file__).parent))
+    script = ScriptDirectory(str(Path(schema.__file__).parent))
     assert script.get_heads() == [models.SCHEMA_REVISION]
     assert len(script.get_bases()) == 1
-    assert models.SCHEMA_REVISION in runner.known_revisions()
+    assert models.SCHEMA_REVISION in schema.known_revisions()
 
 
 def schema_of(database: Database) -> dict[str, str]:
@@ -157,9 +157,9 @@ def schema_of(database: Database) -> dict[str, str]:
 def test_the_migrations_make_what_the_models_say(empty_database: Database, tmp_path: Path) -> None:
     """Down to partial indexes and checks, which Alembic's own comparison does not look at."""
     database = empty_database
-    runner.upgrade(database)
+    schema.upgrade(database)
     migrated = schema_of(database)
-    runner.downgrade(database, "base")
+    schema.downgrade(database, "base")
     with database.write() as connection:
         Base.metadata.create_all(connection)
     created = schema_of(database)
@@ -168,7 +168,7 @@ def test_the_migrations_make_what_the_models_say(empty_database: Database, tmp_p
 
 
 def test_names_follow_the_convention(empty_database: Database) -> None:
-    runner.upgrade(empty_database)
+    schema.upgrade(empty_database)
     with empty_database.read() as connection:
         inspector = inspect(connection)
         for table in Base.metadata.tables:
@@ -187,13 +187,13 @@ def test_names_follow_the_convention(empty_database: Database) -> None:
 
 UPGRADE = """
 import sys
-from migrations import runner
+from migrations import schema
 from models.database import Database
 database = Database(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
 {call}
-print(runner.current_revision(database), flush=True)
+print(schema.current_revision(database), flush=True)
 """
 
 
@@ -205,11 +205,11 @@ def test_four_processes_upgrade_at_once(
     if kind == "sqlite":
         url, call = (
             f"sqlite:///{tmp_path / 'new' / 'nightherd.db'}",
-            "runner.ensure_schema(database)",
+            "schema.ensure_schema(database)",
         )
         (tmp_path / "new").mkdir()
     else:
-        url, call = request.getfixturevalue("empty_postgresql"), "runner.upgrade(database)"
+        url, call = request.getfixturevalue("empty_postgresql"), "schema.upgrade(database)"
     processes = [
         subprocess.Popen(
             [sys.executable, "-P", "-c", UPGRADE.format(call=call), url],
@@ -231,7 +231,7 @@ def test_four_processes_upgrade_at_once(
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out, err) == (0, f"{models.SCHEMA_REVISION}\n", "")
     database = Database(url)
-    assert runner.differences(database) == []
+    assert schema.differences(database) == []
     database.close()
 
 
@@ -244,22 +244,22 @@ def set_revision(database: Database, revision: str) -> None:
 
 
 def test_a_newer_schema_is_refused_and_left_alone(empty_database: Database) -> None:
-    runner.upgrade(empty_database)
+    schema.upgrade(empty_database)
     fill(empty_database)
     set_revision(empty_database, "9999")
     with pytest.raises(SchemaError, match=r"'9999' is newer .*upgrade nightherd"):
-        runner.ensure_schema(empty_database)
-    assert runner.current_revision(empty_database) == "9999"
+        schema.ensure_schema(empty_database)
+    assert schema.current_revision(empty_database) == "9999"
     assert rows_of(empty_database)["jobs"] == 1
 
 
 def test_postgresql_waits_for_its_owner(empty_postgresql: str) -> None:
     database = Database(empty_postgresql)
     with pytest.raises(SchemaError, match="no schema yet; run: nightherd db upgrade"):
-        runner.ensure_schema(database)
+        schema.ensure_schema(database)
     assert tables(database) == set()
-    runner.upgrade(database)
-    runner.ensure_schema(database)
+    schema.upgrade(database)
+    schema.ensure_schema(database)
     database.close()
 
 
@@ -267,7 +267,7 @@ def test_sqlite_is_made_by_itself(make_settings: Any) -> None:
     settings = make_settings()
     database = open_database(settings)
     assert settings.home.stat().st_mode & 0o777 == 0o700
-    assert runner.current_revision(database) == models.SCHEMA_REVISION
+    assert schema.current_revision(database) == models.SCHEMA_REVISION
     with database.read() as connection:
         assert connection.execute(select(func.count()).select_from(Job)).scalar_one() == 0
     database.close()
@@ -281,11 +281,11 @@ def test_folders_and_files_that_cannot_be_made(tmp_path: Path, make_settings: An
         open_database(make_settings(home=blocked / "home"))
     database = Database(f"sqlite:///{blocked}/nightherd.db")
     with pytest.raises(DatabaseError, match="NIGHTHERD_DATABASE_URL"):
-        runner.upgrade(database)
+        schema.upgrade(database)
     (tmp_path / "a.db.migrate.lock").mkdir()
     database = Database(f"sqlite:///{tmp_path}/a.db")
     with pytest.raises(DatabaseError, match=r"cannot write .*a\.db\.migrate\.lock"):
-        runner.upgrade(database)
+        schema.upgrade(database)
 
 
 def test_a_file_that_is_no_database_is_one_line(make_settings: Any) -> None:

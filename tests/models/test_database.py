@@ -21,7 +21,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from models.base import db_now, new_id
 from models.database import Database, is_transient
 from models.job import Job
-from models.store import jobs, submit
+from models.store import jobs, storing
 from models.worker import Sweep
 from nightherd.errors import DatabaseError
 from tests.seeding import job, make_job, statements
@@ -403,22 +403,22 @@ def test_a_copy_that_is_cut_off_is_repeated(postgresql_database: Database) -> No
     """COPY goes past SQLAlchemy to the driver: its errors are the same to the caller."""
     database = postgresql_database
     job_id = make_job(database, 2, storing=True)
-    rows = [submit.NewRequest(i, {"prompt": "p" * 100}, None, None, 1) for i in range(2, 2000)]
+    rows = [storing.NewRequest(i, {"prompt": "p" * 100}, None, None, 1) for i in range(2, 2000)]
     attempts: list[int] = []
 
     def work(connection: Connection) -> None:
         attempts.append(1)
         if len(attempts) == 1:
             terminate(database, connection)
-            submit._copy_requests(connection, job_id, rows)
+            storing._copy_requests(connection, job_id, rows)
         else:
-            submit.store_requests(connection, job_id, rows)
+            storing.store_requests(connection, job_id, rows)
 
     database.retrying(work)
     assert len(attempts) == 2
     twice = [*rows[:2], rows[0]]
     with pytest.raises(IntegrityError), database.write() as connection:
-        submit._copy_requests(connection, job_id, twice)
+        storing._copy_requests(connection, job_id, twice)
 
 
 def test_a_damaged_database_is_the_databases_fault(sqlite_database: Database) -> None:

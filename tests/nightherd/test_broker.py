@@ -164,7 +164,7 @@ def test_processes_starting_at_once_share_one_server(home: Path, broker: Embedde
     assert not broker.is_alive()
 
 
-def test_nobody_coming_in_gets_a_server_about_to_stop(home: Path) -> None:
+def test_no_process_gets_a_server_that_is_about_to_stop(home: Path) -> None:
     """Threads go in and out without pause, so that one is often the last as another comes."""
     errors: list[BaseException] = []
 

@@ -6,8 +6,8 @@ import pytest
 
 from nightherd.catalogue import (
     DEMO_PATH,
+    cached_folder,
     checkpoint_key,
-    folder_at_hand,
     hub_cache,
     hub_name,
     local_folder,
@@ -98,18 +98,18 @@ def test_where_the_hub_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub_cache() == Path("/hub")
 
 
-def test_what_is_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_folder_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     commit = "0123456789" * 4
     repository = tmp_path / "hub" / "models--org--llama"
     snapshot = repository / "snapshots" / commit
     snapshot.mkdir(parents=True)
     keys = ("org/llama@main", f"org/llama@{commit}", "org/llama@other", "org/none@main")
-    assert [folder_at_hand(key) for key in keys] == [None] * 4
+    assert [cached_folder(key) for key in keys] == [None] * 4
     (snapshot / "config.json").write_text("{}")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    assert [folder_at_hand(key) for key in keys] == [snapshot, snapshot, None, None]
-    assert folder_at_hand("demo") == DEMO_PATH
-    assert folder_at_hand(str(tmp_path)) is None
-    assert folder_at_hand(str(snapshot)) == snapshot
+    assert [cached_folder(key) for key in keys] == [snapshot, snapshot, None, None]
+    assert cached_folder("demo") == DEMO_PATH
+    assert cached_folder(str(tmp_path)) is None
+    assert cached_folder(str(snapshot)) == snapshot

@@ -24,19 +24,29 @@ def _as_before() -> Iterator[None]:
     ours.setLevel(own)
 
 
-def test_everything_of_ours_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
-    """Loggers that are not below `nightherd` say nothing before WARNING."""
-    configure_logging("INFO")
+def _logger_names() -> set[str]:
+    """The names of all loggers that the product's sources ask for."""
     names = set()
     for package in ("nightherd", "models", "producer", "worker", "migrations"):
         for path in (ROOT / package).rglob("*.py"):
             for given in re.findall(r"getLogger\(([^)]*)\)", path.read_text()):
                 module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
                 names.add(module if given == "__name__" else given.strip("\"'"))
-    ours = {name for name in names if name.partition(".")[0] not in ("", "huggingface_hub")}
-    ours -= {"transformers.generation.stopping_criteria"}
+    return names
+
+
+def test_no_module_has_a_logger_outside_nightherd() -> None:
+    """`configure_logging` shows nothing of others before WARNING."""
+    root, libraries = "", {"huggingface_hub", "transformers.generation.stopping_criteria"}
+    outside = {name for name in _logger_names() if name.partition(".")[0] != "nightherd"}
+    assert outside <= {root, *libraries}
+
+
+def test_everything_of_ours_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("INFO")
+    ours = {name for name in _logger_names() if name.startswith("nightherd.")}
     assert {"nightherd.kernels", "nightherd.engine", "nightherd.broker"} <= ours
-    for name in sorted(ours - {"nightherd"}):
+    for name in sorted(ours):
         logging.getLogger(name).info("seen: %s.", name)
         assert f"seen: {name}." in capsys.readouterr().err
 

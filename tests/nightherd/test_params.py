@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from nightherd.errors import ParameterError
 from nightherd.params import (
     DEFAULT_MAX_TOKENS,
     PARAMETER_NAMES,
+    SamplingParams,
     effective_params,
     generation_config_layer,
     is_parameter,
@@ -120,7 +122,7 @@ def test_seeds_are_63_bits_and_depend_on_index_and_sample(
     assert seed != sample_seed(job, None, index + 1, sample)
 
 
-def test_a_requests_own_seed_makes_it_independent_of_its_place() -> None:
+def test_a_requests_own_seed_makes_it_independent_of_its_index() -> None:
     assert sample_seed(1, 42, 0, 0) == sample_seed(2, 42, 7, 0)
 
 
@@ -148,3 +150,11 @@ def test_bodies() -> None:
 def test_bodies_that_ask_nothing_or_too_much(body: dict[str, Any]) -> None:
     with pytest.raises(ParameterError):
         parse_body(body)
+
+
+@pytest.mark.parametrize("name", PARAMETER_NAMES)
+def test_every_parameter_is_described_in_whole_sentences(name: str) -> None:
+    text = SamplingParams.model_fields[name].description
+    assert text is not None
+    assert re.fullmatch(r"\S.*\.", text, re.DOTALL)
+    assert text.count("(") == text.count(")")

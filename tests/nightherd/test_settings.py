@@ -39,7 +39,7 @@ def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatc
         ("nightherd.toml", "slot = 3\n"),
     ],
 )
-def test_an_unknown_name_is_refused_with_its_place(folder: Path, file: str, content: str) -> None:
+def test_an_unknown_name_is_refused_with_its_source(folder: Path, file: str, content: str) -> None:
     (folder / file).write_text(content)
     with pytest.raises(SettingsError, match=rf"(?i)slot in {file}; did you mean .*slots"):
         load_settings()

@@ -171,7 +171,7 @@ def test_the_space_that_a_few_shot_prompt_calls_for(
 
 def test_llguidance_is_imported_only_for_a_structure() -> None:
     code = (
-        "import sys, producer.submit, producer.tasks, nightherd.structured as s\n"
+        "import sys, producer.jobs.create, producer.tasks, nightherd.structured as s\n"
         "from nightherd.params import SamplingParams\n"
         "s.check_structure(SamplingParams())\n"
         "assert 'llguidance' not in sys.modules\n"

@@ -217,7 +217,7 @@ def test_many_at_once_are_as_one_by_one(text: TextProcessor) -> None:
             assert caught.value.message == outcome.message
         else:
             assert outcome == text.prepare(body, given)
-    failed = [place for place, out in enumerate(text.prepare_many(items)) if type(out) is RowError]
+    failed = [index for index, out in enumerate(text.prepare_many(items)) if type(out) is RowError]
     assert failed == [len(TEXTS) + 1, len(TEXTS) + 4, len(TEXTS) + 5]
 
 

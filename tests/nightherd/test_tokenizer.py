@@ -16,7 +16,8 @@ from nightherd.text import TextProcessor
 from nightherd.tokenizer import converted_path
 from tests.checkpoints import CHAT_TEMPLATE, CORPUS, write_text_files
 from tests.layouts import LAYOUTS, need, published_tokenizer, write_json, write_sentencepiece
-from worker.checkpoint import load_text, tokenizer
+from worker.checkpoint import sentencepiece_tokenizer
+from worker.checkpoint.load import load_text
 
 TEXTS = [
     *CORPUS,
@@ -77,9 +78,9 @@ def assert_equal(folder: Path, home: Path) -> TextProcessor:
 LLAMA_2 = dict(LAYOUTS["llama-2"].settings)
 CODE = dict(LAYOUTS["code-llama"].settings)
 NUMBERED = {
-    str(place): {"content": content, "lstrip": False, "normalized": place == 480,
-                 "rstrip": place == 480, "single_word": False, "special": place < 480}
-    for place, content in ((0, "<unk>"), (1, "<s>"), (2, "</s>"), (480, "[INST]"))
+    str(token_id): {"content": content, "lstrip": False, "normalized": token_id == 480,
+                    "rstrip": token_id == 480, "single_word": False, "special": token_id < 480}
+    for token_id, content in ((0, "<unk>"), (1, "<s>"), (2, "</s>"), (480, "[INST]"))
 }  # fmt: skip
 VARIANTS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "no settings": (None, {}),
@@ -151,7 +152,7 @@ def test_a_conversion_is_kept_and_used(
     (path,) = (tmp_path / "tokenizers").iterdir()
     assert path == converted_path(folder, tmp_path)
     # Now without the packages, and without a worker: the text side alone finds it.
-    monkeypatch.setattr(tokenizer, "_installed", lambda module: False)
+    monkeypatch.setattr(sentencepiece_tokenizer, "_installed", lambda module: False)
     assert load_text(folder, tmp_path).tokenizer_hash == first.tokenizer_hash
     again = TextProcessor.load(folder, home=tmp_path)
     assert again.encode(CORPUS[0], True) == first.encode(CORPUS[0], True)
@@ -189,4 +190,6 @@ def test_settings_that_are_no_object_are_named(published: Path, tmp_path: Path) 
 
 def test_the_packages_are_named_once_each() -> None:
     need("sentencepiece", "google.protobuf")
-    assert all(tokenizer._installed(module) for module in tokenizer._PACKAGES)
+    assert all(
+        sentencepiece_tokenizer._installed(module) for module in sentencepiece_tokenizer._PACKAGES
+    )

@@ -1,4 +1,4 @@
-"""Devices and number formats: which one is meant by `auto`, and what is not on this machine."""
+"""Devices and number formats: what `auto` means here, and errors for what is not here."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from nightherd.errors import CheckpointError
 from worker.checkpoint.files import Weights
 from worker.checkpoint.quantization import method_of
-from worker.engine.cpu_compile import Kernels
-from worker.engine.cpu_level import cpu_level, machine_level, suited_level, x86
-from worker.engine.weights import covers
+from worker.engine.cpu.compiler import CpuKernels
+from worker.engine.cpu.level import cpu_level, machine_level, suited_level, x86
+from worker.engine.model.weights import covers
 
 _DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -60,17 +60,17 @@ def resolve_dtype(
     device: torch.device,
     *,
     bfloat16: bool = False,
-    kernels: Kernels | None = None,
+    kernels: CpuKernels | None = None,
 ) -> torch.dtype:
     """`auto` is bfloat16 where the device computes in it, else float32.
 
     A CPU's C kernels widen bfloat16 as fast as they compute in float32: so a checkpoint that is
-    stored in it (`bfloat16`) stays so where they can be had; plain torch is many times slower.
+    stored in it (`bfloat16`) stays so where there are kernels; plain torch is many times slower.
     Raises `CheckpointError` for an unknown name.
     """
     if dtype == "auto":
         fast = computes_in_bfloat16(device, kernels)
-        fast = fast or (bfloat16 and device.type == "cpu" and _to_be_had(kernels))
+        fast = fast or (bfloat16 and device.type == "cpu" and _kernels_available(kernels))
         return torch.bfloat16 if fast else torch.float32
     if dtype not in _DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is unknown: give auto, bfloat16, float16, float32")
@@ -82,18 +82,18 @@ def keeps_bfloat16(weights: Weights, config: Mapping[str, Any]) -> bool:
     return weights.bfloat16 and method_of(config) is None and covers(config)
 
 
-def only_for_kernels(dtype: str, device: torch.device, kernels: Kernels | None) -> bool:
+def only_for_kernels(dtype: str, device: torch.device, kernels: CpuKernels | None) -> bool:
     """Whether `dtype`, where it became bfloat16, did so for the sake of the C kernels alone."""
     return dtype == "auto" and not computes_in_bfloat16(device, kernels)
 
 
-def computes_in_bfloat16(device: torch.device, kernels: Kernels | None = None) -> bool:
+def computes_in_bfloat16(device: torch.device, kernels: CpuKernels | None = None) -> bool:
     """Whether a device, a CPU as far as its level goes, has instructions for bfloat16."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if x86():
         level = kernels.level if kernels else cpu_level()
-        # Not the best where a lower one is asked for, with which the machine is to be a lesser one.
+        # With a lower level asked for, the machine counts as one that has no more than that.
         return machine_level() in _WITH_BFLOAT16 and level in (*_WITH_BFLOAT16, suited_level())
     return bool(_cpu_capabilities().get("sve_bf16"))
 
@@ -101,14 +101,14 @@ def computes_in_bfloat16(device: torch.device, kernels: Kernels | None = None) -
 _WITH_BFLOAT16 = ("amx", "avx512bf16")
 
 
-def _to_be_had(kernels: Kernels | None) -> bool:
+def _kernels_available(kernels: CpuKernels | None) -> bool:
     return kernels is not None and kernels.failure() is None
 
 
 def _cpu_capabilities() -> Mapping[str, Any]:
     # Not in every torch that we allow.
-    ask: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
-    return ask()
+    capabilities: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    return capabilities()
 
 
 def device_name(device: torch.device) -> str:

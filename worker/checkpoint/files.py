@@ -1,7 +1,7 @@
 """What lies in a checkpoint's folder, or in a repository on the Hub: formats, shards, headers.
 
 Weights are not loaded: a safetensors file begins with a JSON header that names every tensor with
-its type, shape and place, which also shows whether the file is whole. No torch here.
+its type, shape and offsets, which also shows whether the file is whole. No torch here.
 """
 
 from __future__ import annotations

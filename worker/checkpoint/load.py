@@ -1,4 +1,4 @@
-"""From a checkpoint's key to a model that can generate, with all that may be wrong between."""
+"""From a checkpoint's key to a model that can generate, or one line about what is wrong."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from worker.checkpoint.files import Folder, read_weights
 from worker.checkpoint.locate import find
 from worker.checkpoint.quantization import loading_options, method_of, unwrap
 from worker.checkpoint.report import check, check_architecture, check_packages
-from worker.checkpoint.tokenizer import convert_tokenizer
-from worker.engine.cpu_compile import Kernels
+from worker.checkpoint.sentencepiece_tokenizer import convert_tokenizer
+from worker.engine.cpu.compiler import CpuKernels
 
 log = logging.getLogger("nightherd.checkpoint")
 
@@ -58,7 +58,7 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A checkpoint with both its sides."""
+    """A checkpoint's text side and its model."""
 
     text: TextProcessor
     model: LoadedModel
@@ -71,11 +71,11 @@ def open_checkpoint(
     dtype: str = "auto",
     chat_template: str | None = None,
     home: Path,
-    kernels: Kernels | None = None,
+    kernels: CpuKernels | None = None,
 ) -> Opened:
-    """All of what a worker does to have its checkpoint: check, fetch, load.
+    """Checks, downloads and loads a checkpoint, as a worker does.
 
-    What can be known to be wrong is said before anything large is fetched or loaded. `home` is
+    What is known to be wrong is raised before anything large is fetched or loaded. `home` is
     the data folder, `kernels` those that will be used on a CPU. Raises `CheckpointError`.
     """
     report = check(
@@ -98,48 +98,50 @@ def load_text(folder: Path, home: Path, chat_template: str | None = None) -> Tex
 
 
 def load_model(
-    folder: Path, device: str = "auto", dtype: str = "auto", kernels: Kernels | None = None
+    folder: Path, device: str = "auto", dtype: str = "auto", kernels: CpuKernels | None = None
 ) -> LoadedModel:
     """Loads a checkpoint's weights with transformers: safetensors alone, no code of its own.
 
     Raises `CheckpointError` for a device that is not here, an architecture that transformers does
     not know, weights that are missing, broken or of another shape, and too little memory.
     """
-    place = resolve_device(device)
+    torch_device = resolve_device(device)
     config = read_json(folder, "config.json")
     check_architecture(config)
-    check_packages(config, place)
+    check_packages(config, torch_device)
     weights = read_weights(Folder(folder))
     stored = keeps_bfloat16(weights, config)
-    precision = resolve_dtype(dtype, place, bfloat16=stored, kernels=kernels)
-    need = memory.weights_bytes(weights, config, precision, place)
-    problem = memory.problem(str(folder), need, config, precision, place)
+    precision = resolve_dtype(dtype, torch_device, bfloat16=stored, kernels=kernels)
+    need = memory.weights_bytes(weights, config, precision, torch_device)
+    problem = memory.problem(str(folder), need, config, precision, torch_device)
     if problem is not None:
         raise CheckpointError(problem)
     try:
         with _quiet_transformers():
-            model, info = _read(folder, config, place, precision)
+            model, info = _from_pretrained(folder, config, torch_device, precision)
         problem = _incomplete(info)
         if problem is None:
-            _settle(model, config, place)
-            return LoadedModel(model=model, folder=folder, device=place)
+            _finish_loading(model, config, torch_device)
+            return LoadedModel(model=model, folder=folder, device=torch_device)
     except (MemoryError, torch.OutOfMemoryError):
-        problem = f"it does not fit into the memory of {place}; use a smaller or quantised one"
+        problem = (
+            f"it does not fit into the memory of {torch_device}; use a smaller or quantised one"
+        )
     except Exception as error:  # transformers raises whatever its parts raise
         problem = one_line(error)
     raise CheckpointError(f"checkpoint {folder} cannot be loaded: {problem}")
 
 
-def _read(
-    folder: Path, config: Mapping[str, Any], place: torch.device, precision: torch.dtype
+def _from_pretrained(
+    folder: Path, config: Mapping[str, Any], device: torch.device, precision: torch.dtype
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model on its device, and what transformers says about its weights."""
-    straight = loads_straight(place)
+    straight = loads_straight(device)
     if not straight:
         log.warning(
             "the weights go to %s by way of the machine's memory: slower, and it must hold all of "
             "them; pip install accelerate",
-            place,
+            device,
         )
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -150,27 +152,27 @@ def _read(
         # Only so that the names can be told: `_incomplete` refuses such a model.
         ignore_mismatched_sizes=True,
         output_loading_info=True,
-        **({"device_map": {"": place}} if straight and place.type != "cpu" else {}),
-        **loading_options(config, place),
+        **({"device_map": {"": device}} if straight and device.type != "cpu" else {}),
+        **loading_options(config, device),
     )
     model, info = cast(tuple[Any, dict[str, Any]], loaded)
     if not straight:
-        model.to(place)
+        model.to(device)
     return model, info
 
 
 @torch.no_grad()
-def _settle(model: Any, config: Mapping[str, Any], place: torch.device) -> None:
-    """Makes a model ready, and gives back what loading alone needed."""
+def _finish_loading(model: Any, config: Mapping[str, Any], device: torch.device) -> None:
+    """Makes a model ready to generate, and frees what only loading needed."""
     model.eval()
     method = method_of(config)
     if method is not None:
         # Some quantisers unpack weights in the first pass through the whole model, which no engine
         # makes; and kernels that do not run here say so now.
-        model(torch.zeros(1, 2, dtype=torch.int64, device=place), use_cache=False)
+        model(torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)
     if method == "compressed-tensors":
         unwrap(model)
-    if place.type == "cuda":
+    if device.type == "cuda":
         # transformers takes the memory of all weights at once, and more for some quantised ones.
         torch.cuda.empty_cache()
 
@@ -191,7 +193,7 @@ def _quiet_transformers() -> Iterator[None]:
         _disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            # It has a word for everybody who says how a quantised checkpoint is to be loaded.
+            # It warns whoever says how a quantised checkpoint is to be loaded.
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
             yield
     finally:

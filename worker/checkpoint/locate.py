@@ -8,10 +8,10 @@ from pathlib import Path
 
 from nightherd.catalogue import hub_name, local_folder
 from nightherd.errors import CheckpointError
-from worker.checkpoint.cache import remember, snapshot, usable_snapshot
-from worker.checkpoint.download import download, missing_files
 from worker.checkpoint.files import Folder, meta_format, weight_files
-from worker.checkpoint.hub import Repository, UnreachableError, look_up
+from worker.checkpoint.hub.cache import snapshot, usable_snapshot, write_ref
+from worker.checkpoint.hub.download import download, missing_files
+from worker.checkpoint.hub.repository import Repository, UnreachableError, look_up
 
 log = logging.getLogger("nightherd.checkpoint")
 
@@ -28,8 +28,8 @@ def find(key: str) -> Path:
 def locate(key: str) -> Folder | Repository:
     """The files of a checkpoint: a folder if all of it is on this machine, else the repository.
 
-    What is in the cache serves when the Hub cannot be asked, or does not answer to this account
-    any more. Raises `CheckpointError` where nothing is found.
+    What is in the cache is used when the Hub cannot be reached, or refuses this account.
+    Raises `CheckpointError` where nothing is found.
     """
     path = local_folder(key)
     if path is not None:
@@ -53,7 +53,7 @@ def locate(key: str) -> Folder | Repository:
     if missing_files(repository):
         return repository
     with contextlib.suppress(OSError):  # a cache that others fill
-        remember(name, revision, repository.commit)
+        write_ref(name, revision, repository.commit)
     return Folder(snapshot(name, repository.commit))
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from producer.machine import memory as machine_memory
-from producer.machine import size as in_words
+from nightherd.machine import memory as machine_memory
+from nightherd.machine import size as in_words
 from worker.checkpoint.files import Weights
 from worker.checkpoint.quantization import is_unpacked, method_of
 
@@ -40,8 +40,8 @@ class Need:
         return self.total <= self.available
 
     @property
-    def room(self) -> int | None:
-        """Tokens, of all sequences together, for which the memory beside the weights is enough."""
+    def tokens_that_fit(self) -> int | None:
+        """Tokens of all sequences together that fit beside the weights; None if not known."""
         if not self.per_token:
             return None
         return max(0, self.available - self.weights) // self.per_token
@@ -54,7 +54,7 @@ class Need:
             "kv_bytes": self.cache,
             "total_bytes": self.total,
             "available_bytes": self.available,
-            "tokens_that_fit": self.room,
+            "tokens_that_fit": self.tokens_that_fit,
             "fits": self.fits,
         }
 
@@ -73,11 +73,11 @@ def kv_bytes_per_token(config: Mapping[str, Any], width: int) -> int | None:
     text = config.get("text_config") or config
     try:
         layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
-        own = int(text.get("num_key_value_heads") or heads)
+        kv_heads = int(text.get("num_key_value_heads") or heads)
         size = int(text.get("head_dim") or int(text["hidden_size"]) // heads)
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
-    return 2 * layers * own * size * width
+    return 2 * layers * kv_heads * size * width
 
 
 def weights_bytes(

@@ -11,26 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 from nightherd.catalogue import local_folder
 from nightherd.errors import CheckpointError
+from nightherd.machine import size as in_words
 from nightherd.text import TextProcessor, context_length
 from nightherd.tokenizer import read_json
-from producer.machine import size as in_words
 from worker.checkpoint import memory
 from worker.checkpoint.files import Folder, Weights, read_weights, weight_files
-from worker.checkpoint.hub import Repository
+from worker.checkpoint.hub.repository import Repository
 from worker.checkpoint.locate import locate
 from worker.checkpoint.quantization import method_of, missing_packages
-from worker.checkpoint.tokenizer import check_converter, convert_tokenizer
+from worker.checkpoint.sentencepiece_tokenizer import check_converter, convert_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
-    from worker.engine.cpu_compile import Kernels
+    from worker.engine.cpu.compiler import CpuKernels
 
 _TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(slots=True)
-class Report:
+class CheckpointReport:
     """What is known of a checkpoint. None stands for what could not be seen."""
 
     checkpoint: str
@@ -100,18 +100,18 @@ def check(
     dtype: str = "auto",
     sequences: int | None = None,
     chat_template: str | None = None,
-    kernels: Kernels | None = None,
-) -> Report:
-    """Looks at a checkpoint by its key; never raises `CheckpointError`, the report carries them.
+    kernels: CpuKernels | None = None,
+) -> CheckpointReport:
+    """Checks a checkpoint by its key; never raises `CheckpointError`, the report carries them.
 
     `home` is the data folder; `kernels` are those that a worker here would use on a CPU.
     `sequences` as long as the context must fit into the memory; by default only the weights must,
     and what does not fit of one sequence is a note.
     """
-    report = Report(key)
+    report = CheckpointReport(key)
     try:
         files = locate(key)
-        _describe_place(report, key, files)
+        _describe_location(report, key, files)
         config = _config(report, files)
         weights = _weights(report, files)
         _describe_text(report, files, config, home, chat_template)
@@ -121,29 +121,32 @@ def check(
     # Only now: torch and transformers take seconds to import.
     from worker.checkpoint.device import keeps_bfloat16, resolve_device, resolve_dtype
 
-    place, unknown = None, None
+    torch_device, problem = None, None
     try:
-        place = resolve_device(device)
+        torch_device = resolve_device(device)
         stored = keeps_bfloat16(weights, config)
-        precision = resolve_dtype(dtype, place, bfloat16=stored, kernels=kernels)
+        precision = resolve_dtype(dtype, torch_device, bfloat16=stored, kernels=kernels)
     except CheckpointError as error:
-        unknown = str(error)
+        problem = str(error)
     if report.quantization is not None:
-        report.missing_packages = missing_packages(report.quantization, place)
-    for look in (check_architecture, functools.partial(check_packages, device=place)):
+        report.missing_packages = missing_packages(report.quantization, torch_device)
+    for check_config in (
+        check_architecture,
+        functools.partial(check_packages, device=torch_device),
+    ):
         try:
-            look(config)
+            check_config(config)
         except CheckpointError as error:
             report.problems.append(str(error))
-    if unknown is not None or place is None:
-        report.problems.append(unknown or "no device")
+    if problem is not None or torch_device is None:
+        report.problems.append(problem or "no device")
         return report
-    report.device, report.dtype = str(place), str(precision).removeprefix("torch.")
-    _describe_memory(report, weights, config, place, precision, sequences)
+    report.device, report.dtype = str(torch_device), str(precision).removeprefix("torch.")
+    _describe_memory(report, weights, config, torch_device, precision, sequences)
     return report
 
 
-def _describe_place(report: Report, key: str, files: Folder | Repository) -> None:
+def _describe_location(report: CheckpointReport, key: str, files: Folder | Repository) -> None:
     if isinstance(files, Repository):
         report.found, report.commit, report.gated = "hub", files.commit, files.gated
         names = weight_files(files)
@@ -158,7 +161,7 @@ def _describe_place(report: Report, key: str, files: Folder | Repository) -> Non
         report.parameters = sum(files.parameters.values())
 
 
-def _config(report: Report, files: Folder | Repository) -> dict[str, Any]:
+def _config(report: CheckpointReport, files: Folder | Repository) -> dict[str, Any]:
     if isinstance(files, Repository):
         config = _parsed(files, "config.json")
     else:
@@ -206,7 +209,7 @@ def check_packages(config: Mapping[str, Any], device: torch.device | None = None
         )
 
 
-def _weights(report: Report, files: Folder | Repository) -> Weights:
+def _weights(report: CheckpointReport, files: Folder | Repository) -> Weights:
     if isinstance(files, Repository) and files.parameters:
         weights = Weights(dict(files.parameters))
     else:
@@ -218,7 +221,7 @@ def _weights(report: Report, files: Folder | Repository) -> Weights:
 
 
 def _describe_text(
-    report: Report,
+    report: CheckpointReport,
     files: Folder | Repository,
     config: Mapping[str, Any],
     home: Path,
@@ -259,31 +262,31 @@ def _describe_text(
 
 
 def _describe_memory(
-    report: Report,
+    report: CheckpointReport,
     weights: Weights,
     config: Mapping[str, Any],
-    place: torch.device,
+    device: torch.device,
     precision: torch.dtype,
     sequences: int | None,
 ) -> None:
     need = report.memory = memory.Need(
-        weights=memory.weights_bytes(weights, config, precision, place),
+        weights=memory.weights_bytes(weights, config, precision, device),
         per_token=memory.kv_bytes_per_token(config, precision.itemsize),
         context=report.context_length or 0,
         sequences=sequences or 1,
-        available=memory.available(place),
+        available=memory.available(device),
     )
-    problem = memory.problem(report.checkpoint, need.weights, config, precision, place)
+    problem = memory.problem(report.checkpoint, need.weights, config, precision, device)
     if problem is not None:
         report.problems.append(problem)
     elif not need.fits and sequences is not None:
         report.problems.append(
             f"{sequences:,} sequences of {need.context:,} tokens do not fit: with the weights they "
-            f"take {in_words(need.total)}, {in_words(need.available)} are available on {place}; "
+            f"take {in_words(need.total)}, {in_words(need.available)} are available on {device}; "
             "ask for fewer"
         )
     elif not need.fits:
         report.notes.append(
-            f"not even one sequence as long as the context fits into the memory of {place}: "
-            f"{need.room or 0:,} tokens do, prompt and output of all sequences together"
+            f"not even one sequence as long as the context fits into the memory of {device}: "
+            f"{need.tokens_that_fit or 0:,} tokens do, prompt and output of all sequences together"
         )

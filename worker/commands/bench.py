@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from nightherd.settings import Settings
-    from worker.bench import Report
+    from worker.speed import SpeedReport
 
 
 @click.command()
@@ -94,42 +94,41 @@ def candidates(on_cpu: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _measure(
     checkpoint: str, device: str, dtype: str, settings: Settings, seconds: float
-) -> tuple[dict[str, Any], Report]:
+) -> tuple[dict[str, Any], SpeedReport]:
     """Loads the checkpoint and measures it; first what it is and where it runs."""
     from nightherd.catalogue import checkpoint_key
     from nightherd.errors import CheckpointError
     from nightherd.log import configure_logging
-    from worker import bench as measuring
-    from worker import checkpoint as checkpoints
+    from worker import speed as measuring
+    from worker.checkpoint.device import device_name, only_for_kernels
+    from worker.checkpoint.load import open_checkpoint
     from worker.checkpoint.memory import available
     from worker.engine.build import EngineOptions, build_engine
-    from worker.engine.weights import UnsupportedModelError, embedding, shape_of
-    from worker.kernels import kernel_folder, kernels_of
+    from worker.engine.model.weights import UnsupportedModelError, embedding, shape_of
+    from worker.kernel_folder import kernel_folder, kernels_of
 
     key = checkpoint_key(checkpoint)
     notice(f"loading {checkpoint}")
     configure_logging("WARNING")
     logging.getLogger("nightherd.kernels").setLevel(logging.INFO)
     kernels = kernels_of(settings)
-    opened = checkpoints.open_checkpoint(
-        key, device=device, dtype=dtype, home=settings.home, kernels=kernels
-    )
+    opened = open_checkpoint(key, device=device, dtype=dtype, home=settings.home, kernels=kernels)
     model, text = opened.model, opened.text
-    place = model.device
-    _set_threads(place, settings.threads)
+    torch_device = model.device
+    _set_threads(torch_device, settings.threads)
     try:
         shape = shape_of(model.model)
     except UnsupportedModelError as error:
         raise CheckpointError(f"the engine does not cover {checkpoint}: {error}") from None
     notice("measuring the machine")
-    found = measuring.limits(shape, embedding(model.model).dtype, place)
-    batches, budgets = candidates(place.type == "cpu")
+    limits = measuring.machine_limits(shape, embedding(model.model).dtype, torch_device)
+    batches, budgets = candidates(torch_device.type == "cpu")
     engine = build_engine(
         model.model,
         vocab_size=text.vocab_size,
         context_length=text.context_length,
-        device=place,
-        available=available(place),
+        device=torch_device,
+        available=available(torch_device),
         library_folder=kernel_folder(settings),
         options=EngineOptions(
             kind=settings.engine,
@@ -139,19 +138,19 @@ def _measure(
             threads=settings.threads,
             prefix_cache=False,
             cpu_level=settings.cpu_level,
-            widen=checkpoints.only_for_kernels(dtype, place, kernels),
+            widen=only_for_kernels(dtype, torch_device, kernels),
         ),
     )
-    ready = measuring.Bench(engine, text.vocab_size, text.context_length)
+    test = measuring.SpeedTest(engine, text.vocab_size, text.context_length)
     facts = {
         "checkpoint": checkpoint,
-        "device": checkpoints.device_name(place),
+        "device": device_name(torch_device),
         "dtype": model.dtype,
         "engine": engine.name,
     }
     engine.start()
     try:
-        return facts, measuring.measure(ready, found, batches, budgets, seconds, notice)
+        return facts, measuring.measure(test, limits, batches, budgets, seconds, notice)
     finally:
         engine.stop()
 
@@ -166,7 +165,7 @@ def _set_threads(device: torch.device, threads: int | None) -> None:
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
 
 
-def as_dict(report: Report) -> dict[str, Any]:
+def as_dict(report: SpeedReport) -> dict[str, Any]:
     """The report as JSON has it."""
     limits = report.limits
     return {
@@ -183,7 +182,7 @@ def as_dict(report: Report) -> dict[str, Any]:
     }
 
 
-def shown(report: Report) -> str:
+def shown(report: SpeedReport) -> str:
     """The report for people."""
     limits = report.limits
     rows = [

@@ -10,9 +10,9 @@ import click
 from producer.commands.common import json_option, notice, print_json, table
 
 if TYPE_CHECKING:
-    from producer.status import WorkerView
-    from worker.checkpoint.cache import Cached
-    from worker.checkpoint.report import Report
+    from producer.jobs.status import WorkerView
+    from worker.checkpoint.hub.cache import CachedCheckpoint
+    from worker.checkpoint.report import CheckpointReport
 
 revision_option = click.option(
     "--revision", metavar="REV", help="A branch, tag or commit on the Hub; by default main."
@@ -72,11 +72,11 @@ def check(
     from nightherd.catalogue import checkpoint_key
     from nightherd.errors import CheckpointError
     from nightherd.settings import load_settings
-    from worker import checkpoint as checkpoints
-    from worker.kernels import kernels_of
+    from worker.checkpoint.report import check
+    from worker.kernel_folder import kernels_of
 
     settings = load_settings()
-    report = checkpoints.check(
+    report = check(
         checkpoint_key(name, revision),
         home=settings.home,
         device=device,
@@ -87,7 +87,7 @@ def check(
     if as_json:
         print_json(report.as_json())
     elif report.found is not None:
-        click.echo(_shown(report))
+        click.echo(_as_text(report))
     if report.problems:
         for problem in report.problems[:-1]:
             click.echo(f"nightherd: {problem}", err=True)
@@ -115,9 +115,9 @@ def download(name: str, revision: str | None, all_files: bool) -> None:
     """
     from nightherd.catalogue import checkpoint_key, hub_name, local_folder
     from nightherd.errors import CheckpointError, UsageError
-    from worker.checkpoint import download as downloads
     from worker.checkpoint.files import meta_format
-    from worker.checkpoint.hub import look_up
+    from worker.checkpoint.hub import download as downloads
+    from worker.checkpoint.hub.repository import look_up
 
     key = checkpoint_key(name, revision)
     if local_folder(key) is not None:
@@ -139,8 +139,8 @@ def list_(as_json: bool) -> None:
       nightherd checkpoint list
       nightherd checkpoint list --json | jq -r '.[].name'
     """
-    from worker.checkpoint.cache import as_json as cached_json
-    from worker.checkpoint.cache import cache_folder, cached_checkpoints
+    from worker.checkpoint.hub.cache import as_json as cached_json
+    from worker.checkpoint.hub.cache import cache_folder, cached_checkpoints
 
     cached = cached_checkpoints()
     workers = _live_workers()
@@ -190,7 +190,7 @@ def convert(source: Path, target: Path, chat: bool | None, context: int | None) 
       nightherd checkpoint convert Llama-2-7b-chat llama-2-7b-chat-hf
       nightherd checkpoint convert ./Meta-Llama-3-8B/original ./llama-3-8b --base
     """
-    from worker.checkpoint.convert import convert as convert_folder
+    from worker.checkpoint.meta.convert import convert as convert_folder
 
     made = convert_folder(source, target, chat=chat, context=context)
     click.echo(made.path)
@@ -202,19 +202,19 @@ def convert(source: Path, target: Path, chat: bool | None, context: int | None) 
         )
 
 
-def _shown(report: Report) -> str:
+def _as_text(report: CheckpointReport) -> str:
     """The report for people: a line a fact."""
     import transformers
 
-    from producer.machine import size
+    from nightherd.machine import size
 
     facts: list[tuple[str, str]] = [("checkpoint", report.checkpoint)]
-    place = {
+    found = {
         "folder": f"in {report.path}",
         "cache": f"in the cache, commit {(report.commit or '')[:12]}",
         "hub": f"on the Hub, commit {(report.commit or '')[:12]}; not downloaded yet",
     }[report.found or "folder"]
-    facts.append(("found", place))
+    facts.append(("found", found))
     if report.gated:
         facts.append(
             ("gated", f"yes, access is granted {_GRANTED.get(report.gated, 'on request')}")
@@ -248,8 +248,8 @@ def _shown(report: Report) -> str:
 _GRANTED = {"auto": "at once on request", "manual": "by its owners, on request"}
 
 
-def _memory(report: Report) -> list[tuple[str, str]]:
-    from producer.machine import size
+def _memory(report: CheckpointReport) -> list[tuple[str, str]]:
+    from nightherd.machine import size
 
     need = report.memory
     if need is None:
@@ -270,10 +270,10 @@ def _memory(report: Report) -> list[tuple[str, str]]:
 
 
 def _live_workers() -> list[WorkerView]:
-    """Live workers; none where the database cannot be asked, which is said."""
+    """Live workers; none, and a notice, where the database cannot be reached."""
     from nightherd.errors import NightherdError
     from producer.commands.common import load, read
-    from producer.status import worker_views
+    from producer.jobs.status import worker_views
 
     try:
         _, database = load()
@@ -287,8 +287,8 @@ def _holders(keys: tuple[str, ...], workers: list[WorkerView]) -> list[str]:
     return [view.id for view in workers if {view.checkpoint, *view.serves} & set(keys)]
 
 
-def _row(one: Cached, workers: list[WorkerView]) -> tuple[Any, ...]:
-    from producer.machine import size
+def _row(one: CachedCheckpoint, workers: list[WorkerView]) -> tuple[Any, ...]:
+    from nightherd.machine import size
 
     return (
         f"{one.name}@{one.revisions[0]}" if one.revisions else one.name,

@@ -13,18 +13,18 @@ from producer.commands.common import json_option, print_json
 
 if TYPE_CHECKING:
     from nightherd.settings import Settings
-    from producer.findings import Finding, Probe
-    from worker.doctor import TorchProbe
+    from producer.doctor.finding import Finding, Probe
+    from worker.torch_checks import TorchProbe
 
 CHECKS = (
     *("settings", "database", "broker", "workers", "disk", "memory", "compiler"),
     *("versions", "device", "checkpoint"),
 )
 ON_REQUEST = ("worker-here",)
-"""Health checks: what only some processes need."""
+"""Health checks that run only where `--only` names them."""
 
-_OF_A_WORKER_HERE = ("versions", "device", "checkpoint")
-"""Problems in these keep no job from running that another worker takes."""
+_LOCAL_WORKER_CHECKS = ("versions", "device", "checkpoint")
+"""Their problems are notes where another worker serves the checkpoint."""
 
 
 class CheckNames(click.ParamType[tuple[str, ...]]):
@@ -117,9 +117,9 @@ def examine(checkpoint: str, only: tuple[str, ...]) -> Iterator[Finding]:
     from nightherd.catalogue import checkpoint_key
     from nightherd.errors import CheckpointError
     from nightherd.settings import default_home
-    from producer.doctor import read_settings
-    from producer.findings import Finding, failed
-    from worker.doctor import TorchProbe
+    from producer.doctor.finding import Finding, failed
+    from producer.doctor.services import read_settings
+    from worker.torch_checks import TorchProbe
 
     settings, findings = read_settings()
     if settings is None or "settings" in only:
@@ -131,7 +131,7 @@ def examine(checkpoint: str, only: tuple[str, ...]) -> Iterator[Finding]:
         key = checkpoint
         bad_name = [failed("checkpoint", error, "give the path or name of one")]
     home = default_home() if settings is None else settings.home
-    asked = TorchProbe(key, home) if {"device", "checkpoint"} & {*only} else None
+    torch_probe = TorchProbe(key, home) if {"device", "checkpoint"} & {*only} else None
     try:
         probes = _start(settings, key, only)
         served = False
@@ -141,29 +141,29 @@ def examine(checkpoint: str, only: tuple[str, ...]) -> Iterator[Finding]:
                 found = [Finding("workers", "note", "not known: the database cannot be asked")]
             elif name in probes:
                 found = probes[name].findings()
-            elif name == "device" and asked is not None:
-                found = _device(asked)
-            elif name == "checkpoint" and asked is not None:
-                found = bad_name or _checkpoint(key, asked)
+            elif name == "device" and torch_probe is not None:
+                found = _device(torch_probe)
+            elif name == "checkpoint" and torch_probe is not None:
+                found = bad_name or _checkpoint(key, torch_probe)
             else:
                 continue
             if name == "database":
                 database_down = any(finding.level == "problem" for finding in found)
             served = served or any(finding.facts.get("serving") for finding in found)
-            yield from (_of_another(finding) if served else finding for finding in found)
+            yield from (_as_note(finding) if served else finding for finding in found)
     finally:
-        if asked is not None:
-            asked.close()
+        if torch_probe is not None:
+            torch_probe.close()
 
 
 def _start(settings: Settings | None, key: str, only: tuple[str, ...]) -> dict[str, Probe]:
     # What a check needs is imported before its time runs.
     import redis  # noqa: F401
 
-    import producer.status  # noqa: F401
-    from producer import doctor, machine
-    from producer.findings import Check, Probe
-    from worker.doctor import check_compiler
+    import producer.jobs.status  # noqa: F401
+    from producer.doctor import machine, services
+    from producer.doctor.finding import Check, Probe
+    from worker.torch_checks import check_compiler
 
     checks: dict[str, Check] = {
         "memory": machine.check_memory,
@@ -172,29 +172,29 @@ def _start(settings: Settings | None, key: str, only: tuple[str, ...]) -> dict[s
     }
     if settings is not None:
         checks |= {
-            "database": partial(doctor.check_database, settings),
-            "broker": partial(doctor.check_broker, settings),
-            "workers": partial(doctor.check_workers, settings, key),
-            "worker-here": partial(doctor.check_worker_here, settings),
+            "database": partial(services.check_database, settings),
+            "broker": partial(services.check_broker, settings),
+            "workers": partial(services.check_workers, settings, key),
+            "worker-here": partial(services.check_worker_here, settings),
             "disk": partial(machine.check_disk, settings),
         }
     return {name: Probe(name, checks[name]) for name in only if name in checks}
 
 
-def _device(asked: TorchProbe) -> list[Finding]:
-    from worker.doctor import check_device
+def _device(torch_probe: TorchProbe) -> list[Finding]:
+    from worker.torch_checks import check_device
 
-    return check_device(asked.facts())
-
-
-def _checkpoint(key: str, asked: TorchProbe) -> list[Finding]:
-    from worker.doctor import check_checkpoint
-
-    return check_checkpoint(key, asked.facts())
+    return check_device(torch_probe.facts())
 
 
-def _of_another(finding: Finding) -> Finding:
-    """What keeps a worker from running here keeps no job from running that another one takes."""
-    if finding.level == "problem" and finding.check in _OF_A_WORKER_HERE:
+def _checkpoint(key: str, torch_probe: TorchProbe) -> list[Finding]:
+    from worker.torch_checks import check_checkpoint
+
+    return check_checkpoint(key, torch_probe.facts())
+
+
+def _as_note(finding: Finding) -> Finding:
+    """A problem of a worker here is a note where another worker serves the checkpoint."""
+    if finding.level == "problem" and finding.check in _LOCAL_WORKER_CHECKS:
         return dataclasses.replace(finding, level="note")
     return finding

@@ -14,16 +14,16 @@ import click
 
 from nightherd.errors import NightherdError
 from producer.commands.common import notice, read
-from producer.commands.control import ring
-from producer.commands.options import do_submit, submit_options
-from producer.outputs import open_output, refuse_unwritable, write_rows
+from producer.commands.jobs.control import publish_wakeups
+from producer.commands.jobs.submit_options import do_submit, submit_options
+from producer.results.file import open_output, refuse_unwritable, write_rows
 
 if TYPE_CHECKING:
     from models.database import Database
     from nightherd.settings import Settings
-    from producer.status import JobView
+    from producer.jobs.status import JobView
 
-_GOODBYE_SECONDS = 60.0
+_STOP_SECONDS = 60.0
 _LOG_LINES = 5
 _KERNELS = re.compile(r" nightherd\.kernels: ((?:compiling|waiting).*)")
 """A line of the log, while the C kernels are compiled."""
@@ -58,9 +58,9 @@ def run(file: str, output: str | None, device: str, dtype: str, **options: Any) 
       nightherd run prompts.jsonl --checkpoint demo --max-tokens 64 -o results.jsonl
       nightherd run prompts.txt --temperature 0 | jq -r .text
     """
-    from producer.export import iterate_results
-    from producer.progress import exit_code
-    from producer.status import job_view, serving_workers
+    from producer.jobs.follow import exit_code
+    from producer.jobs.status import job_view, serving_workers
+    from producer.results.export import iterate_results
 
     refuse_unwritable(output)
     settings, database, job = do_submit(file, options)
@@ -70,7 +70,7 @@ def run(file: str, output: str | None, device: str, dtype: str, **options: Any) 
         notice(f"job {job.id}: worker {others[0]} of {view.checkpoint} takes it", always=True)
         if (device, dtype) != ("auto", "auto"):
             notice("--device and --dtype are that worker's, not those given here", always=True)
-        ring(settings, database, view.checkpoint)
+        publish_wakeups(settings, database, view.checkpoint)
         view = _follow(database, settings, view, None)
     else:
         with _own_worker(settings, view, device, dtype) as process:
@@ -95,7 +95,7 @@ def _follow(
     database: Database, settings: Settings, view: JobView, own: _OwnWorker | None
 ) -> JobView:
     """Waits for the end; a worker of our own that dies is started again a few times."""
-    from producer.progress import follow
+    from producer.jobs.follow import follow
 
     def on_poll(now: JobView) -> None:
         if own is not None and now.open:
@@ -159,21 +159,21 @@ class _OwnWorker:
         """Starts it again if a signal killed it or its engine hung; raises if it gave up."""
         if self._process is None or self._process.poll() is None:
             return
-        from worker.app import EXIT_HUNG
+        from worker.process.app import EXIT_HUNG
 
         code = self._process.returncode
         if code == 0 and not self._ended:
-            # Its job may have ended after we looked: look once more.
+            # Its job may have ended after the last poll: the next one will show it.
             self._ended = True
             return
         if (code >= 0 and code != EXIT_HUNG) or self._starts >= self._ATTEMPTS:
-            raise NightherdError(f"the worker ended (exit code {code}): {self._last_words()}")
+            raise NightherdError(f"the worker ended (exit code {code}): {self._last_error()}")
         reason = "its engine hung" if code == EXIT_HUNG else f"it was killed by signal {-code}"
         notice(f"the worker is gone, {reason}; starting another", always=True)
         self.start()
 
     def starting(self) -> str:
-        """What takes it time before it has loaded, in its log's own words."""
+        """What it does before it has loaded, as its log says: compiling kernels, or nothing."""
         with contextlib.suppress(OSError, IndexError):
             last = self._log_path.read_text(errors="replace").splitlines()[-1]
             found = _KERNELS.search(last)
@@ -181,11 +181,11 @@ class _OwnWorker:
         return ""
 
     def warnings(self) -> list[str]:
-        """What its engine had to do without, in its log's own words."""
+        """The warnings of its engine, from its log."""
         lines = self._log_path.read_text(errors="replace").splitlines()
         return list(dict.fromkeys(found[1] for line in lines if (found := _ENGINE.search(line))))
 
-    def _last_words(self) -> str:
+    def _last_error(self) -> str:
         lines = self._log_path.read_text(errors="replace").strip().splitlines()[-_LOG_LINES:]
         said = [line for line in lines if line.startswith("nightherd: ")] or lines[-1:]
         return f"{' '.join(said).removeprefix('nightherd: ')} (log: {self._log_path})"
@@ -196,13 +196,13 @@ class _OwnWorker:
             return
         self._process.terminate()
         try:
-            self._process.wait(_GOODBYE_SECONDS)
+            self._process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
 
     def wait_for_end(self) -> None:
-        """The job has ended and the worker leaves by itself; helps if it does not."""
+        """Waits for it to end by itself, now that its job has ended; stops it if it does not."""
         if self._process is None:
             return
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -88,7 +88,7 @@ def worker(
     from nightherd.catalogue import checkpoint_key
     from nightherd.log import configure_logging
     from nightherd.settings import load_settings
-    from worker.app import WorkerOptions, serve
+    from worker.process.app import WorkerOptions, serve
 
     settings = load_settings()
     key, aliases = checkpoint_key(checkpoint), tuple(serve_as_key(name) for name in serve_as)
@@ -124,8 +124,8 @@ def _open_job(settings: Settings, prefix: str, keys: tuple[str, ...]) -> str | N
     """
     from nightherd.errors import UsageError
     from producer.commands.common import notice, read, resolve
-    from producer.database import open_database
-    from producer.status import job_view
+    from producer.fleet.open_database import open_database
+    from producer.jobs.status import job_view
 
     database = open_database(settings)
     try:

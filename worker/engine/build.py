@@ -1,39 +1,39 @@
-"""Which engine a model gets, and how much of the machine it may use."""
+"""Chooses a model's engine, and how much of the machine it may use."""
 
 from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from nightherd.engine_kinds import EngineSetting, requested_kind
 from nightherd.errors import CheckpointError
 from worker.engine.block_manager import BlockManager
-from worker.engine.cpu_compile import Kernels, LibraryError
-from worker.engine.cpu_level import Level
-from worker.engine.cpu_library import BLOCK
+from worker.engine.cpu.compiler import CpuKernels, LibraryError
+from worker.engine.cpu.level import Level
+from worker.engine.cpu.library import BLOCK
+from worker.engine.cpu.openmp import end_team
 from worker.engine.engine import BatchEngine
 from worker.engine.interface import Engine
-from worker.engine.openmp import end_team
-from worker.engine.runner import ModelRunner
-from worker.engine.scheduler import Scheduler
-from worker.engine.weights import (
+from worker.engine.model.weights import (
     Shape,
     UnsupportedModelError,
     embedding,
     layer_norms,
     shape_of,
 )
+from worker.engine.runner import ModelRunner
+from worker.engine.scheduler import Scheduler
 
 log = logging.getLogger("nightherd.engine")
 
-EngineKind = Literal["auto", "kernels", "torch", "generate"]
-
-_CPU_SHARE, _CPU_MOST = 0.25, 4 << 30
-"""Of what is available, for the KV cache, so that several workers on one machine live."""
+_CPU_SHARE, _CPU_MAX = 0.25, 4 << 30
+"""The KV cache's part of the available memory, and its maximum in bytes: one machine may have
+several workers."""
 _CUDA_SHARE = 0.8
 CPU_SEQUENCES, CUDA_SEQUENCES, PLAIN_SEQUENCES = 128, 512, 32
 CPU_BUDGET, CUDA_BUDGET = 256, 8192
@@ -43,24 +43,25 @@ _PROFILE_BLOCKS = 16
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What a user may set; None is what suits the device."""
+    """What a user may set; None means the device's default."""
 
-    kind: EngineKind = "auto"
+    kind: EngineSetting = "auto"
     max_batch: int | None = None
     """Sequences that run at once."""
     budget: int | None = None
     """Rows of a step, at most."""
     kv_memory: int | None = None
-    """Bytes of the KV cache; who says a number has them from the start, not as they are needed."""
+    """Bytes of the KV cache, all taken at the start; None: a default, taken as it fills."""
     context: int | None = None
     """Prompt and output together, at most; the checkpoint's own where that is less."""
     threads: int | None = None
     """Of the CPU."""
     prefix_cache: bool = True
     cpu_level: Level | None = None
-    """The kernels' level of CPUs, where below the machine's own."""
+    """The instructions that the C kernels may use, if below the machine's own."""
     widen: bool = False
-    """bfloat16 is there for the kernels' sake: on a CPU anything else computes in float32."""
+    """The model is in bfloat16 only because the C kernels are fast in it: any other engine on a CPU
+    converts it to float32."""
 
 
 def build_engine(
@@ -77,18 +78,25 @@ def build_engine(
     """The fastest engine that covers a transformers model; the model is the engine's from then on.
 
     `vocab_size` is the tokenizer's, `available` the free bytes of the device now that the model is
-    loaded. Raises `CheckpointError` where one sequence as long as the context that was asked for
-    does not fit into the KV cache, or where the kind that was asked for cannot be had.
+    loaded. Raises `CheckpointError` if one sequence as long as `options.context` does not fit into
+    the KV cache, or if the engine of `options.kind` cannot be had here.
     """
     options = options or EngineOptions()
     context = min(context_length, options.context or context_length)
-    if options.kind != "generate":
+    kind = requested_kind(options.kind, device.type)
+    if kind in ("cpu", "cuda") and kind != device.type:
+        raise CheckpointError(
+            f"the engine {kind} does not run on the device {device}; set NIGHTHERD_ENGINE to "
+            f"{device.type} or auto"
+        )
+    options = replace(options, kind=kind)
+    if kind != "transformers":
         try:
             return _batch_engine(
                 model, vocab_size, context, device, available, library_folder, options
             )
         except UnsupportedModelError as error:
-            if options.kind != "auto":
+            if kind != "auto":
                 raise CheckpointError(
                     f"the engine does not cover this checkpoint: {error}; set NIGHTHERD_ENGINE=auto"
                 ) from None
@@ -97,12 +105,12 @@ def build_engine(
                 "at a tenth of the speed",
                 error,
             )
-    from worker.engine.reference import GenerateEngine
+    from worker.engine.transformers.transformers_engine import TransformersEngine
 
     if device.type == "cpu":
         _widen(model, options, available)
     end_team()
-    return GenerateEngine(
+    return TransformersEngine(
         model,
         vocab_size=vocab_size,
         max_batch=options.max_batch or PLAIN_SEQUENCES,
@@ -126,14 +134,14 @@ def _batch_engine(
     budget = max(sequences, options.budget or (CPU_BUDGET if on_cpu else CUDA_BUDGET))
     threads = options.threads or len(os.sched_getaffinity(0))
     runner: ModelRunner | None = None
-    if device.type == "cuda" and options.kind in ("auto", "kernels"):
-        # Else Triton keeps what it compiles in the user's home.
+    if device.type == "cuda" and options.kind in ("auto", "cuda"):
+        # By default Triton's cache of compiled kernels is in the user's home.
         os.environ.setdefault("TRITON_CACHE_DIR", str(library_folder / "triton"))
         runner = _cuda_runner(
             model, vocab_size, context, device, available, sequences, budget, options
         )
     memory = _default_memory(on_cpu, available)
-    if on_cpu and options.kind in ("auto", "kernels"):
+    if on_cpu and options.kind in ("auto", "cpu"):
         try:
             runner = _cpu_runner(
                 model,
@@ -147,7 +155,7 @@ def _batch_engine(
                 options,
             )
         except (LibraryError, UnsupportedModelError) as error:
-            if options.kind == "kernels":
+            if options.kind == "cpu":
                 raise CheckpointError(f"the kernels cannot be used: {error}") from None
             log.warning(
                 "the C kernels cannot be used (%s): plain torch computes, at a third of the speed; "
@@ -155,8 +163,8 @@ def _batch_engine(
                 error,
             )
     if runner is None:
-        from worker.engine.attention import CACHE_DTYPE
-        from worker.engine.torch_runner import TorchRunner
+        from worker.engine.torch.attention import CACHE_DTYPE
+        from worker.engine.torch.torch_runner import TorchRunner
 
         if on_cpu:
             available = _widen(model, options, available)
@@ -177,7 +185,7 @@ def _batch_engine(
         f", {threads} threads" if on_cpu else "",
     )
     scheduler = Scheduler(
-        manager, max_sequences=sequences, budget=budget, apart=runner.name == "cuda"
+        manager, max_sequences=sequences, budget=budget, separate_prefill=runner.name == "cuda"
     )
     return BatchEngine(runner, scheduler, context)
 
@@ -194,10 +202,10 @@ def _cpu_runner(
     options: EngineOptions,
 ) -> ModelRunner:
     """The runner with C kernels; raises `LibraryError` and `UnsupportedModelError`."""
-    from worker.engine.cpu_library import load_library
-    from worker.engine.cpu_runner import CpuRunner, block_bytes, check_model
+    from worker.engine.cpu.cpu_runner import CpuRunner, block_bytes, check_model
+    from worker.engine.cpu.library import load_library
 
-    kernels = Kernels.here(library_folder, options.cpu_level)
+    kernels = CpuKernels.here(library_folder, options.cpu_level)
     shape, dtype = check_model(model), embedding(model).dtype
     size = block_bytes(load_library(kernels), shape, dtype)
     memory = _default_memory(True, available)
@@ -218,8 +226,8 @@ def _cpu_runner(
 
 
 def _widen(model: Any, options: EngineOptions, available: int) -> int:
-    """To float32, where bfloat16 was chosen for kernels that are not to be had; what is available
-    afterwards. Raises `CheckpointError` where that is too little."""
+    """Converts the model to float32 if bfloat16 was chosen only for the C kernels; returns the
+    available bytes afterwards. Raises `CheckpointError` if they do not suffice."""
     if not options.widen or embedding(model).dtype != torch.bfloat16:
         return available
     more = sum(int(each.nbytes) for each in model.parameters() if each.dtype == torch.bfloat16)
@@ -244,19 +252,19 @@ def _cuda_runner(
     budget: int,
     options: EngineOptions,
 ) -> ModelRunner | None:
-    """The runner with fused kernels; None, said once, where they do not run."""
-    from worker.engine.cuda_graphs import cuda_capture
-    from worker.engine.cuda_kernels import BLOCK as CUDA_BLOCK
-    from worker.engine.cuda_kernels import Case, kernels_for
-    from worker.engine.cuda_memory import measure
-    from worker.engine.cuda_runner import CudaRunner
+    """The runner with fused kernels; None, with a warning, where they do not run."""
+    from worker.engine.cuda.cuda_runner import CudaRunner
+    from worker.engine.cuda.graphs import cuda_capture
+    from worker.engine.cuda.kernel_selection import BLOCK as CUDA_BLOCK
+    from worker.engine.cuda.kernel_selection import TrialCase, select_kernels
+    from worker.engine.cuda.memory import measure
 
     shape, dtype = shape_of(model), embedding(model).dtype
     head_norms = layer_norms(model, 0).q is not None
     try:
-        kernels = kernels_for(Case(shape, dtype, device, head_norms))
+        kernels = select_kernels(TrialCase(shape, dtype, device, head_norms))
     except Exception as error:  # whatever Triton, its compiler and the driver raise
-        if options.kind == "kernels":
+        if options.kind == "cuda":
             raise CheckpointError(f"the kernels cannot be used: {error}") from None
         log.warning(
             "the Triton kernels cannot be used (%s): plain torch computes, at a fraction of the "
@@ -283,9 +291,9 @@ def _cuda_runner(
 
 
 def _default_memory(on_cpu: bool, available: int) -> int:
-    """Bytes of the KV cache where nobody says how many."""
+    """Bytes of the KV cache if no setting says how many."""
     if on_cpu:
-        return min(int(_CPU_SHARE * available), _CPU_MOST)
+        return min(int(_CPU_SHARE * available), _CPU_MAX)
     return int(_CUDA_SHARE * available)
 
 
@@ -301,8 +309,10 @@ def _blocks(
     block: int = BLOCK,
     block_bytes: int | None = None,
 ) -> int:
-    """Blocks of the KV cache, of `memory` bytes unless the user says otherwise; what does not fit
-    is said."""
+    """The number of the KV cache's blocks, for `memory` bytes unless a setting says how many.
+
+    Raises `CheckpointError` if they do not fit; warns if the whole context does not.
+    """
     size = block_bytes or 2 * shape.layers * shape.kv_width * block * dtype.itemsize
     if options.kv_memory is not None:
         memory = options.kv_memory
@@ -331,7 +341,7 @@ def _blocks(
 
 
 def _remedy(options: EngineOptions) -> str:
-    """The option or setting whose memory is the first to give up."""
+    """The option or setting to lower first when memory is lacking."""
     return "NIGHTHERD_MAX_BATCH" if options.kv_memory is None else "--kv-memory"
 
 

@@ -1,7 +1,7 @@
-"""The engine: one thread that plans, computes and answers, step by step. No torch.
+"""The engine: one thread that plans steps, runs them and resolves futures. No torch.
 
-A step mixes decoding and prefilling sequences (see `docs/engine.md`). Whatever goes wrong in a step
-costs the requests that make it go wrong, and nobody else.
+A step mixes decoding and prefilling sequences (see `docs/engine.md`). Where a step fails, only the
+requests that make it fail get an error.
 """
 
 from __future__ import annotations
@@ -10,31 +10,33 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence as Many
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import cast
 
+from nightherd.errors import RowError, RowErrorCode
 from nightherd.params import SamplingParams
-from worker.engine.interface import EngineRequest, EngineStats, Generation, Output, answer
-from worker.engine.requests import one_line, out_of_memory, problem_of
-from worker.engine.runner import AheadRunner, Choices, Flight, ModelRunner
+from worker.engine.interface import EngineRequest, EngineStats, Output, RequestHandle, resolve_once
+from worker.engine.runner import AsyncRunner, Choices, ModelRunner, PendingStep
 from worker.engine.sample import Sample
-from worker.engine.scheduler import Plan, Scheduler
+from worker.engine.scheduler import Scheduler, StepPlan
+from worker.engine.validation import one_line, out_of_memory, validate_request
 
 logger = logging.getLogger("nightherd.engine")
 
 _RECENT_STEPS = 256
-_CALM_STEPS = 1000
-"""After so many steps without a lack of memory they may be twice as large again."""
+_OOM_RECOVERY_STEPS = 1000
+"""After so many steps without running out of memory, the limit of rows a step is doubled."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """A step that was started, until its choices are taken in."""
+class _StartedStep:
+    """A step that was started, until its choices are processed."""
 
     samples: list[Sample]
     choosing: list[Sample]
-    flight: Flight
+    """Those of them whose next token it chooses."""
+    pending: PendingStep
 
 
 class BatchEngine:
@@ -48,16 +50,16 @@ class BatchEngine:
         self._context_length = context_length
         self._wake = threading.Condition()
         self._inbox: deque[Sample] = deque()
-        self._aborted: deque[Generation] = deque()
+        self._aborted: deque[RequestHandle] = deque()
         self._samples: dict[int, list[Sample]] = {}
-        """The samples of each generation, by its identity: the engine's thread's alone."""
-        self._ahead = runner if isinstance(runner, AheadRunner) else None
-        self._under_way: deque[_Step] = deque()
-        """At most one between steps, and none unless the runner is one that runs ahead."""
+        """The unfinished samples of each handle, by its `id`; for the engine's thread only."""
+        self._async_runner = runner if isinstance(runner, AsyncRunner) else None
+        self._pending_steps: deque[_StartedStep] = deque()
+        """At most one between steps, and none unless the runner is an `AsyncRunner`."""
         self._planned: list[Sample] = []
         self._planned_rows = 0
-        self._calm: int | None = None
-        """Steps since memory was lacking; None while steps have their full size."""
+        self._steps_since_oom: int | None = None
+        """None while steps have their full size."""
         self._order = 0
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -77,46 +79,48 @@ class BatchEngine:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=False)
         self._thread.start()
 
-    def add(self, request: EngineRequest) -> Generation:
-        """Accepts a request; one that cannot run is answered at once, with the reason."""
-        generation = Generation(request)
-        for future in generation.futures:
-            # From here on nobody can cancel it: abort is the way.
+    def add(self, request: EngineRequest) -> RequestHandle:
+        """Accepts a request; one that cannot run gets its error at once."""
+        handle = RequestHandle(request)
+        for future in handle.futures:
+            # Marked as running, so that it cannot be cancelled: `abort` is for that.
             future.set_running_or_notify_cancel()
-        problem = problem_of(request, self._runner.vocab_size, self._context_length)
-        if problem is not None:
-            for future in generation.futures:
-                answer(future, Output((), "error", error_code=problem[0], error_message=problem[1]))
-            return generation
+        try:
+            validate_request(request, self._runner.vocab_size, self._context_length)
+        except RowError as error:
+            failed = Output((), "error", error_code=error.code, error_message=error.message)
+            for future in handle.futures:
+                resolve_once(future, failed)
+            return handle
         with self._wake:
             if self._stopping or self.broken is not None:
-                generation.aborted = True
-                for future in generation.futures:
-                    answer(future, Output((), "aborted"))
-                return generation
-            for place in range(len(generation.futures)):
-                self._inbox.append(Sample(generation, place, self._order))
+                handle.aborted = True
+                for future in handle.futures:
+                    resolve_once(future, Output((), "aborted"))
+                return handle
+            for index in range(len(handle.futures)):
+                self._inbox.append(Sample(handle, index, self._order))
                 self._order += 1
             self._wake.notify()
-        return generation
+        return handle
 
-    def abort(self, generations: Many[Generation]) -> None:
-        """Answers what is not yet done with `aborted`; its blocks are free a step later."""
+    def abort(self, handles: Collection[RequestHandle]) -> None:
+        """Resolves unfinished futures with `aborted`; their blocks are free a step later."""
         aborted = Output((), "aborted", finished=time.monotonic())
-        for generation in generations:
-            generation.aborted = True
-            for future in generation.futures:
-                answer(future, aborted)
+        for handle in handles:
+            handle.aborted = True
+            for future in handle.futures:
+                resolve_once(future, aborted)
         with self._wake:
-            self._aborted.extend(generations)
+            self._aborted.extend(handles)
             self._wake.notify()
 
     def unsupported(self, params: SamplingParams) -> str | None:
-        """None: all parameters are honoured."""
+        """None: this engine supports all parameters."""
         return None
 
     def stats(self) -> EngineStats:
-        """Counters and what is going on now."""
+        """Counters, and the current load."""
         with self._wake:
             waiting = len(self._inbox)
         return EngineStats(
@@ -130,7 +134,7 @@ class BatchEngine:
         )
 
     def stop(self, timeout: float | None = None) -> None:
-        """Aborts everything and waits for the thread, which ends after the step under way."""
+        """Aborts everything and waits for the thread, which ends after the current step."""
         with self._wake:
             self._stopping = True
             self._wake.notify_all()
@@ -148,11 +152,11 @@ class BatchEngine:
     # In the engine's thread.
 
     def _loop(self) -> None:
-        while self._take_in():
+        while self._process_inbox():
             try:
-                self._advance()
+                self._step_or_recover()
             except Exception as error:
-                # A mistake of ours outside of a step: the plan cannot be trusted any more.
+                # A bug in the engine itself: the scheduler's state cannot be trusted any more.
                 logger.exception("the engine failed outside of a step")
                 self._break(one_line(error))
             if self.broken is not None:
@@ -161,8 +165,8 @@ class BatchEngine:
         self._abort_all()
         self._runner.close()
 
-    def _take_in(self) -> bool:
-        """Waits for work, takes in what is new and lets go what is aborted; False: to stop."""
+    def _process_inbox(self) -> bool:
+        """Waits for work, queues new samples and releases aborted ones; False if told to stop."""
         with self._wake:
             if self.scheduler.idle and not self._inbox and not self._stopping:
                 self._step_started = None
@@ -175,33 +179,33 @@ class BatchEngine:
             self._aborted.clear()
         for sample in new:
             if not sample.done:
-                self._samples.setdefault(id(sample.generation), []).append(sample)
+                self._samples.setdefault(id(sample.handle), []).append(sample)
                 self.scheduler.add(sample)
-        for generation in aborted:
-            self._let_go(self._samples.get(id(generation), ()))
+        for handle in aborted:
+            self._release(self._samples.get(id(handle), ()))
         return True
 
-    def _advance(self) -> None:
+    def _step_or_recover(self) -> None:
         if self.scheduler.idle:
             return
         self._step_started = time.monotonic()
         try:
-            self._step(ahead=True)
+            self._step(overlap=True)
         except Exception as error:  # whatever model, kernels and driver raise
             self._recover(error)
 
-    def _step(self, *, ahead: bool = False) -> None:
-        """Plans a step, computes it and takes in the chosen tokens.
+    def _step(self, *, overlap: bool = False) -> None:
+        """Plans a step, computes it and processes the chosen tokens.
 
-        With `ahead` the step may still be under way at the end, and the tokens taken in are those
+        With `overlap` the step may still be pending on return: then the tokens processed are those
         of the step before. Raises what the runner raises.
         """
         plan = self.scheduler.plan()
         if not plan.spans:
-            if self._under_way:
-                self._take_choices(0)
+            if self._pending_steps:
+                self._process_choices(max_pending=0)
             else:
-                self._refuse_the_first()
+                self._fail_first_waiting()
             return
         now = time.monotonic()
         samples = [cast(Sample, span.sequence) for span in plan.spans]
@@ -212,62 +216,63 @@ class BatchEngine:
                 self._prompt_tokens += sample.prompt_length
                 self._begin(sample)
         self._start_step(plan, samples)
-        waits = ahead and self._ahead is not None and self._all_run_ahead(self._ahead)
-        self._take_choices(1 if waits else 0)
+        runner = self._async_runner
+        overlaps = overlap and runner is not None and self._all_support_overlap(runner)
+        self._process_choices(max_pending=1 if overlaps else 0)
 
-    def _start_step(self, plan: Plan, samples: list[Sample]) -> None:
+    def _start_step(self, plan: StepPlan, samples: list[Sample]) -> None:
         choosing = [
             sample for span, sample in zip(plan.spans, samples, strict=True) if span.chooses
         ]
-        if self._ahead is not None:
-            flight = self._ahead.launch(plan)
+        if self._async_runner is not None:
+            pending = self._async_runner.launch(plan)
         else:
             choices = self._runner.execute(plan)
 
-            def flight() -> Choices:
+            def pending() -> Choices:
                 return choices
 
         self.scheduler.advance(plan)
         for sample in choosing:
-            sample.ahead += 1
-        self._under_way.append(_Step(samples, choosing, flight))
+            sample.num_unresolved += 1
+        self._pending_steps.append(_StartedStep(samples, choosing, pending))
 
-    def _all_run_ahead(self, runner: AheadRunner) -> bool:
-        return all(runner.runs_ahead(sequence) for sequence in self.scheduler.running)
+    def _all_support_overlap(self, runner: AsyncRunner) -> bool:
+        return all(runner.supports_overlap(sequence) for sequence in self.scheduler.running)
 
-    def _take_choices(self, left: int) -> None:
-        """Takes in what steps have chosen, the oldest first, until `left` are under way.
+    def _process_choices(self, *, max_pending: int) -> None:
+        """Processes the tokens of started steps, oldest first, until `max_pending` are pending.
 
-        A sample that ended in the step before may be in a step all the same: what that chose for it
-        is dropped, and what it wrote lies in blocks whose next owner writes after it.
+        A pending step may include a sample that ended in the step before it: the token chosen for
+        it is dropped, and the blocks that it wrote to are overwritten by their next owner.
         """
-        while len(self._under_way) > left:
-            step = self._under_way[0]
-            choices = step.flight()
-            self._under_way.popleft()
+        while len(self._pending_steps) > max_pending:
+            step = self._pending_steps[0]
+            choices = step.pending()
+            self._pending_steps.popleft()
             ended: list[Sample] = []
             self._completion_tokens += len(step.choosing)
-            if self._ahead is not None:
+            if self._async_runner is not None:
                 self._completion_tokens -= sum(sample.done for sample in step.choosing)
-            for place, sample in enumerate(step.choosing):
-                sample.ahead -= 1
-                token, best = choices.token_ids[place], choices.best[place]
+            for index, sample in enumerate(step.choosing):
+                sample.num_unresolved -= 1
+                token, best = choices.token_ids[index], choices.best[index]
                 aborted = sample.done
-                if sample.take(token, best, choices.logprobs.get(place)):
+                if sample.take_token(token, best, choices.logprobs.get(index)):
                     ended.append(sample)
                     if not aborted:
-                        self.scheduler.ended(sample)
+                        self.scheduler.record_length(sample)
             if ended:
-                self._let_go(ended)
+                self._release(ended)
             self._end_step()
 
-    def _forget_steps(self) -> list[Sample]:
-        """Gives up what is under way after a failure; who was in it."""
-        samples = [sample for step in self._under_way for sample in step.samples]
-        for step in self._under_way:
+    def _drop_pending_steps(self) -> list[Sample]:
+        """Drops pending steps after a failure; returns the samples that were in them."""
+        samples = [sample for step in self._pending_steps for sample in step.samples]
+        for step in self._pending_steps:
             for sample in step.choosing:
-                sample.ahead = 0
-        self._under_way.clear()
+                sample.num_unresolved = 0
+        self._pending_steps.clear()
         return samples
 
     def _begin(self, sample: Sample) -> None:
@@ -276,19 +281,20 @@ class BatchEngine:
         except Exception as error:  # the caller's factories
             sample.fail("engine_error", one_line(error))
 
-    def _let_go(self, samples: Many[Sample]) -> None:
+    def _release(self, samples: Iterable[Sample]) -> None:
+        """Frees what finished samples hold: blocks, the runner's state, their entry here."""
         samples = list(samples)
         self.scheduler.remove(samples)
         for sample in samples:
             self._runner.forget(sample)
-            siblings = self._samples.get(id(sample.generation))
+            siblings = self._samples.get(id(sample.handle))
             if siblings is not None and sample in siblings:
                 siblings.remove(sample)
                 if not siblings:
-                    del self._samples[id(sample.generation)]
+                    del self._samples[id(sample.handle)]
 
-    def _refuse_the_first(self) -> None:
-        """Nothing runs and yet the first one waiting has no room: it never will."""
+    def _fail_first_waiting(self) -> None:
+        """Fails the first waiting sample, for which even the empty KV cache is too small."""
         sample = cast("Sample | None", self.scheduler.first_waiting())
         if sample is None:
             return
@@ -298,7 +304,7 @@ class BatchEngine:
             f"{sample.length} tokens do not fit into the KV cache of {room} tokens; give the "
             "worker more with --kv-memory",
         )
-        self._let_go([sample])
+        self._release([sample])
 
     def _end_step(self) -> None:
         now = time.monotonic()
@@ -306,75 +312,74 @@ class BatchEngine:
         if self._step_started is not None:
             self._recent.append(now - self._step_started)
         self._step_started = now
-        if self._calm is not None:
-            self._calm += 1
-            if self._calm >= _CALM_STEPS:
+        if self._steps_since_oom is not None:
+            self._steps_since_oom += 1
+            if self._steps_since_oom >= _OOM_RECOVERY_STEPS:
                 self.scheduler.limit(2 * self.scheduler.budget)
-                self._calm = 0 if self.scheduler.limited else None
+                self._steps_since_oom = 0 if self.scheduler.limited else None
 
     # When a step fails.
 
     def _recover(self, error: Exception) -> None:
-        """Finds out who makes a step fail: again in two halves, then one by one.
+        """Finds the samples that make a step fail: retries in two halves, then one by one.
 
-        All others keep what they have generated; their keys and values are computed again. Where
-        memory was lacking and nobody alone is to blame, steps stay as small as those that went
-        well.
+        The others keep what they have generated; their keys and values are computed again. If the
+        step ran out of memory and no sample fails alone, steps stay as small as those that worked.
         """
-        involved = dict.fromkeys([*self._forget_steps(), *self._planned])
-        suspects = [sample for sample in involved if not sample.done]
+        involved = dict.fromkeys([*self._drop_pending_steps(), *self._planned])
+        retried = [sample for sample in involved if not sample.done]
         rows, full = self._planned_rows, self.scheduler.budget
-        if self._lost():
+        if self._device_lost():
             self._break(one_line(error))
             return
         logger.warning(
             "a step of %d sequences failed (%s); trying again by half",
-            len(suspects),
+            len(retried),
             one_line(error),
         )
         self.scheduler.start_over()
-        parked = cast("list[Sample]", self.scheduler.drain())
-        lacking, blamed, fits = out_of_memory(error), False, (rows + 1) // 2
-        middle = (len(suspects) + 1) // 2
-        for half in (suspects[:middle], suspects[middle:]):
+        queued = cast("list[Sample]", self.scheduler.drain())
+        oom, any_failed, fits = out_of_memory(error), False, (rows + 1) // 2
+        middle = (len(retried) + 1) // 2
+        for half in (retried[:middle], retried[middle:]):
             if self.broken is not None or not half:
                 continue
-            if lacking:
+            if oom:
                 self.scheduler.limit((rows + 1) // 2)
-            if self._survives(half) is not None:
-                if lacking:
+            if self._retry_isolated(half) is not None:
+                if oom:
                     self.scheduler.limit(rows // 4)
-                blamed = self._one_by_one(half) or blamed
+                any_failed = self._retry_one_by_one(half) or any_failed
             fits = min(fits, self.scheduler.budget)
-        if lacking:
-            self.scheduler.limit(full if blamed else fits)
-            self._calm = 0 if self.scheduler.limited else None
+        if oom:
+            self.scheduler.limit(full if any_failed else fits)
+            self._steps_since_oom = 0 if self.scheduler.limited else None
             logger.warning("out of memory; from now on %d rows a step", self.scheduler.budget)
-        ended = [sample for sample in parked if sample.done]
-        for sample in parked:
+        ended = [sample for sample in queued if sample.done]
+        for sample in queued:
             if not sample.done:
                 self.scheduler.add(sample)
-        self._let_go(ended)
+        self._release(ended)
 
-    def _one_by_one(self, samples: Many[Sample]) -> bool:
-        """Fails those that fail alone; whether there were any."""
-        blamed = False
+    def _retry_one_by_one(self, samples: Iterable[Sample]) -> bool:
+        """Fails the samples that fail alone; returns whether there were any."""
+        any_failed = False
         for sample in samples:
             before = self.scheduler.budget
-            failure = None if self.broken else self._survives([sample])
+            failure = None if self.broken else self._retry_isolated([sample])
             while failure is not None and out_of_memory(failure) and self.scheduler.budget > 1:
                 # A long prompt may fit in smaller pieces.
                 self.scheduler.limit(self.scheduler.budget // 2)
-                failure = None if self.broken else self._survives([sample])
+                failure = None if self.broken else self._retry_isolated([sample])
             if failure is not None:
-                blamed = True
+                any_failed = True
                 self.scheduler.limit(before)
-                code = "out_of_memory" if out_of_memory(failure) else "engine_error"
+                code: RowErrorCode = "out_of_memory" if out_of_memory(failure) else "engine_error"
                 sample.fail(code, one_line(failure))
-        return blamed
+        return any_failed
 
-    def _survives(self, group: Many[Sample]) -> Exception | None:
-        """Lets a group choose one token each, with nobody else; returns what went wrong."""
+    def _retry_isolated(self, group: list[Sample]) -> Exception | None:
+        """Runs a group, and no other sample, until each has a new token; returns what it raised."""
         for sample in group:
             if not sample.done:
                 self.scheduler.add(sample)
@@ -387,14 +392,14 @@ class BatchEngine:
                 self._step()
         except Exception as error:
             failure = error
-            self._forget_steps()
-            if self._lost():
+            self._drop_pending_steps()
+            if self._device_lost():
                 self._break(one_line(error))
         self.scheduler.start_over()
         self.scheduler.drain()
         return failure
 
-    def _lost(self) -> bool:
+    def _device_lost(self) -> bool:
         try:
             return self._runner.lost()
         except Exception:

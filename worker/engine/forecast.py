@@ -1,16 +1,15 @@
-"""How many blocks the running sequences will come to need. numpy, no torch.
+"""A forecast of the blocks that the running sequences will need. numpy, no torch.
 
-Outputs end when the model says so, so nobody knows how long they get. What is known is how long
-those of the same job were: from these, and from those that run still, comes the chance that an
-output of some length goes on (Kaplan and Meier 1958), and from that the blocks expected at each
-later step, as long as nobody else is admitted. The scheduler admits as long as the peak fits (as
-the past-future scheduler of Gong et al. 2025 does with drawn lengths).
+The model decides when an output ends, so its length is not known before. The lengths of the same
+job's earlier outputs, and of those that still run, give the probability that an output reaches some
+length (the estimate of Kaplan and Meier 1958), and from that follow the expected blocks at each
+later step, if no more sequences are admitted. The scheduler admits as long as the peak fits (as the
+past-future scheduler of Gong et al. 2025 does with sampled lengths).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence as Many
 
 import numpy as np
 import numpy.typing as npt
@@ -21,26 +20,25 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 UNIT = 16
-"""Tokens: lengths are told apart by so many."""
+"""Tokens: the resolution of lengths."""
 LONG = 1024
-"""Tokens: up to there an output is taken to reach its limit as long as nothing is known of its
-job; from there on half of those that are left end within 0.7 of that. Who allows 100,000 tokens
-mostly does not mean it."""
-_DOUBT = 0.5
-"""Sequences' worth of that, once something is known."""
-_MEMORY = 512
-"""Ended outputs of a job that count, about; older ones fade."""
-_JOBS = 64
-_TIMES = 24
-"""Steps ahead that are looked at, in growing distances."""
-_ENDS = 40
-"""And of those at which a sequence reaches its limit: before these lie the peaks."""
+"""Tokens. The prior, while nothing is known of a job: all outputs get this long, and of those that
+are longer half end within each 0.7 * LONG tokens. A limit of 100,000 tokens is rarely meant."""
+_PRIOR_WEIGHT = 0.5
+"""How many sequences the prior counts for, once some lengths are known."""
+_MAX_COUNTED = 512
+"""About how many ended outputs of a job count; older ones fade out."""
+_MAX_JOBS = 64
+_NUM_TIMES = 24
+"""Later steps that are forecast, at growing distances."""
+_NUM_ENDS = 40
+"""And of those at which a sequence reaches its limit: the peaks are just before these."""
 _DEVIATIONS = 2.0
-"""How far above what is expected the need may come to lie."""
+"""The forecast is the expected need and so many standard deviations."""
 
 
-class Lengths:
-    """How long the outputs of one job were, by units."""
+class JobLengths:
+    """The distribution of the lengths of one job's outputs, in units."""
 
     def __init__(self) -> None:
         self._stopped = np.zeros(64)
@@ -49,7 +47,7 @@ class Lengths:
         self._survival: Floats = np.ones(1)
 
     def add(self, generated: int, *, stopped: bool) -> None:
-        """An output has ended: by itself, or at its limit, which tells only how long it got."""
+        """Counts an output that has ended: by itself, or cut at its limit (a censored length)."""
         unit = generated // UNIT
         if unit >= len(self._stopped):
             longer = max(unit + 1, 2 * len(self._stopped))
@@ -57,13 +55,13 @@ class Lengths:
             self._cut.resize(longer, refcheck=False)
         (self._stopped if stopped else self._cut)[unit] += 1
         self._count += 1
-        if self._count >= _MEMORY:
+        if self._count >= _MAX_COUNTED:
             self._stopped /= 2
             self._cut /= 2
             self._count //= 2
 
-    def learn(self, running: Ints) -> None:
-        """Takes in how long those outputs are that run now."""
+    def update(self, running: Ints) -> None:
+        """Makes the estimate anew, with the lengths so far of the outputs that run now."""
         units = running // UNIT
         size = 1 + max(int(units.max(initial=0)), int(_last(self._stopped)), int(_last(self._cut)))
         ended = np.zeros(size)
@@ -74,11 +72,11 @@ class Lengths:
         stopped = np.zeros(size)
         stopped[: min(size, len(self._stopped))] = self._stopped[:size]
         late = np.arange(size) * UNIT >= LONG
-        hazard = (stopped + _DOUBT * late * UNIT / LONG) / (reached + _DOUBT)
+        hazard = (stopped + _PRIOR_WEIGHT * late * UNIT / LONG) / (reached + _PRIOR_WEIGHT)
         self._survival = np.concatenate([np.ones(1), (1 - hazard).cumprod()])
 
-    def reaching(self, lengths: Ints) -> Floats:
-        """The chance that an output gets so long."""
+    def survival(self, lengths: Ints) -> Floats:
+        """The probability that an output reaches each of these lengths, in tokens."""
         last = len(self._survival) - 1
         chance: Floats = self._survival[np.minimum(lengths // UNIT, last)]
         known = max(last * UNIT, LONG)
@@ -92,99 +90,100 @@ def _last(counts: Floats) -> int:
     return int(found[-1]) if len(found) else 0
 
 
-class Outputs:
-    """The lengths of each job's outputs."""
+class LengthHistory:
+    """The lengths of each job's outputs, for the jobs used last."""
 
     def __init__(self) -> None:
-        self._jobs: OrderedDict[str, Lengths] = OrderedDict()
+        self._jobs: OrderedDict[str, JobLengths] = OrderedDict()
 
-    def of(self, job: str) -> Lengths:
+    def of(self, job: str) -> JobLengths:
         found = self._jobs.get(job)
         if found is None:
-            found = self._jobs[job] = Lengths()
-            if len(self._jobs) > _JOBS:
+            found = self._jobs[job] = JobLengths()
+            if len(self._jobs) > _MAX_JOBS:
                 self._jobs.popitem(last=False)
         self._jobs.move_to_end(job)
         return found
 
-    def ended(self, sequence: Sequence) -> None:
-        """A sequence has its whole output."""
+    def record(self, sequence: Sequence) -> None:
+        """Counts the output of a sequence that has ended."""
         generated = sequence.generated
         stopped = generated < sequence.request.max_new_tokens
         self.of(sequence.request.job).add(generated, stopped=stopped)
 
 
 class Forecast:
-    """The blocks that sequences will hold if nobody else comes."""
+    """The blocks that sequences will hold if no more are admitted."""
 
     def __init__(
         self,
-        running: Many[Sequence],
-        shared: Many[int],
-        first: Sequence,
+        running: list[Sequence],
+        num_shared: list[int],
+        candidate: Sequence,
         *,
         used: int,
-        block: int,
-        outputs: Outputs,
+        block_size: int,
+        history: LengthHistory,
     ) -> None:
-        """`shared` is how many of each one's blocks others have too, `used` how many blocks are in
-        use now; `first` is who may be admitted."""
-        self._outputs, self._block = outputs, block
-        left = np.array([_left(sequence) for sequence in [*running, first]])
-        self._times = _times(left)
+        """`num_shared`: for each running sequence, how many of its blocks others hold too; `used`:
+        blocks in use now; `candidate`: the next sequence to be admitted."""
+        self._history, self._block_size = history, block_size
+        remaining = np.array([_remaining(sequence) for sequence in [*running, candidate]])
+        self._times = _times(remaining)
         self._mean = np.zeros(len(self._times))
         self._variance = np.zeros(len(self._times))
-        own = sum(len(sequence.block_ids) for sequence in running) - sum(shared)
+        own = sum(len(sequence.block_ids) for sequence in running) - sum(num_shared)
         self._mean += used - own
-        jobs: dict[str, list[int]] = {first.request.job: []}
-        for place, sequence in enumerate(running):
-            jobs.setdefault(sequence.request.job, []).append(place)
-        for job, places in jobs.items():
-            some = [running[place] for place in places]
+        jobs: dict[str, list[int]] = {candidate.request.job: []}
+        for index, sequence in enumerate(running):
+            jobs.setdefault(sequence.request.job, []).append(index)
+        for job, indices in jobs.items():
+            some = [running[index] for index in indices]
             ages = np.array([sequence.generated for sequence in some], np.int64)
-            outputs.of(job).learn(ages)
+            history.of(job).update(ages)
             if some:
-                mean, variance = self._needs(job, some, [shared[place] for place in places], ages)
+                shared = [num_shared[index] for index in indices]
+                mean, variance = self._needs(job, some, shared, ages)
                 self._mean += mean.sum(0)
                 self._variance += variance.sum(0)
 
-    def admit(self, sequence: Sequence, found: int, idle: int, most: float) -> bool:
-        """Whether the peak stays within `most` with another sequence, which then counts.
+    def admit(self, sequence: Sequence, cached: int, idle: int, limit: float) -> bool:
+        """Whether the peak stays within `limit` blocks with another sequence; if so, it is added.
 
-        It would take over `found` blocks, `idle` of which nobody has now.
+        `cached` of its blocks are in the prefix cache, and `idle` of these are held by no sequence.
         """
         ages = np.array([sequence.generated])
-        mean, variance = self._needs(sequence.request.job, [sequence], [found], ages)
+        mean, variance = self._needs(sequence.request.job, [sequence], [cached], ages)
         mean, variance = self._mean + mean[0] + idle, self._variance + variance[0]
-        if (mean + _DEVIATIONS * np.sqrt(variance)).max() > most:
+        if (mean + _DEVIATIONS * np.sqrt(variance)).max() > limit:
             return False
         self._mean, self._variance = mean, variance
         return True
 
     def _needs(
-        self, job: str, sequences: Many[Sequence], shared: Many[int], ages: Ints
+        self, job: str, sequences: list[Sequence], num_shared: list[int], ages: Ints
     ) -> tuple[Floats, Floats]:
-        """Blocks of its own that each sequence needs at each time, expected, and their variance."""
+        """Unshared blocks of each sequence at each time: mean and variance, [sequences, times]."""
         lengths = np.array([sequence.length for sequence in sequences])
-        left = np.array([_left(sequence) for sequence in sequences])
+        remaining = np.array([_remaining(sequence) for sequence in sequences])
         times = self._times
-        known = self._outputs.of(job)
-        chance = known.reaching(ages[:, None] + times) / known.reaching(ages)[:, None]
-        chance[times >= left[:, None]] = 0
-        blocks = -(-(lengths[:, None] + times) // self._block) - np.array(shared)[:, None]
+        job_lengths = self._history.of(job)
+        chance = job_lengths.survival(ages[:, None] + times) / job_lengths.survival(ages)[:, None]
+        chance[times >= remaining[:, None]] = 0
+        blocks = -(-(lengths[:, None] + times) // self._block_size) - np.array(num_shared)[:, None]
         mean = chance * blocks
         return mean, mean * blocks * (1 - chance)
 
 
-def _left(sequence: Sequence) -> int:
-    """Tokens that it may generate yet."""
+def _remaining(sequence: Sequence) -> int:
+    """Tokens that it may still generate."""
     return max(1, sequence.request.max_new_tokens - sequence.generated)
 
 
-def _times(left: Ints) -> Ints:
-    """Steps ahead at which the need is looked at."""
-    ends = np.unique(left - 1)
-    if len(ends) > _ENDS:
-        ends = ends[np.linspace(0, len(ends) - 1, _ENDS).astype(np.int64)]
-    growing = np.geomspace(1, max(2, int(left.max())), _TIMES).astype(np.int64)
+def _times(remaining: Ints) -> Ints:
+    """The steps from now for which the need is forecast."""
+    ends = np.unique(remaining - 1)
+    if len(ends) > _NUM_ENDS:
+        ends = ends[np.linspace(0, len(ends) - 1, _NUM_ENDS).astype(np.int64)]
+    growing = np.geomspace(1, max(2, int(remaining.max())), _NUM_TIMES).astype(np.int64)
     return np.unique(np.concatenate([np.zeros(1, np.int64), growing, ends]))

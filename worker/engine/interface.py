@@ -1,39 +1,40 @@
-"""What the worker knows of an engine: token ids in, futures out, abort; safe from any thread.
+"""The engine as the worker sees it: token ids in, futures out, abort; safe from any thread.
 
-Every sample of an accepted request gets exactly one `Output`, aborted ones included; futures never
-raise. A request that cannot be run fails alone, by an `Output` with an error.
+The future of each sample of an accepted request is resolved with exactly one `Output`, if aborted
+too, and never raises. A request that cannot run fails alone, by an `Output` with an error.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
+from nightherd.errors import RowErrorCode
 from nightherd.params import SamplingParams
 
 FinishReason = Literal["stop", "length", "error", "aborted"]
 
 StopCheck = Callable[[int], bool]
-"""Fed each new token of one sample, in order; true ends the sample with `stop` (the token is kept
-in the output: who made the check knows what to cut)."""
+"""Called with each new token of one sample, in order; true ends the sample with `stop`. The token
+is kept in the output: the caller cuts the text."""
 
 
 class Grammar(Protocol):
-    """What one sample may say: structured output, token by token. The engine's thread uses it."""
+    """Restricts one sample to structured output, token by token. The engine's thread uses it."""
 
     def fill_mask(self, mask: Any) -> None:
         """Writes which tokens may come next into a numpy array, int32 [ceil(vocab_size / 32)].
 
         Bit `i % 32` of word `i // 32` is set where token i may come, an end of sequence included
-        where the output may end. Raises `ValueError` where nothing can go on.
+        where the output may end. Raises `ValueError` if no token may come.
         """
 
     def advance(self, token_id: int) -> bool:
-        """Takes in the token that was chosen, but no end of sequence; true where nothing more may
-        follow, which ends the sample with `stop`. Raises `ValueError` if it may not come here."""
+        """Advances by the chosen token, never an end of sequence. True ends the sample with `stop`:
+        nothing may follow. Raises `ValueError` if the token may not come here."""
 
 
 class TokenLogprob(NamedTuple):
@@ -65,7 +66,7 @@ class EngineRequest:
     eos_token_ids: frozenset[int] = frozenset()
     """End a sample once `min_tokens` are out, and stay out of its output; empty: ignore_eos."""
     stop_token_ids: frozenset[int] = frozenset()
-    """Asked for by the user: likewise, but reported as `stop_reason`."""
+    """The user's: likewise, but reported as `stop_reason`."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token sequences whose last token is never chosen after the others."""
     make_stop_check: Callable[[], StopCheck] | None = None
@@ -75,12 +76,12 @@ class EngineRequest:
     priority: int = 0
     """Higher runs first."""
     job: str = ""
-    """Whose outputs are of like length: what those were tells how much memory this one may need."""
+    """The job's id: lengths of its earlier outputs tell how much memory this one may need."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The terminal answer to one sample."""
+    """The final result of one sample."""
 
     token_ids: tuple[int, ...]
     """What was generated, without an ending eos or stop token."""
@@ -88,8 +89,8 @@ class Output:
     stop_reason: int | None = None
     """The stop token id that ended it; None for eos, length and stop strings."""
     logprobs: tuple[PositionLogprobs, ...] | None = None
-    """One a token of `token_ids`, if asked for."""
-    error_code: str | None = None
+    """One a token of `token_ids`, if `params.logprobs` is set."""
+    error_code: RowErrorCode | None = None
     error_message: str | None = None
     started: float = 0.0
     """`time.monotonic()` when the first step with it began; 0 if it never ran."""
@@ -98,7 +99,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters since the start, and what is going on now."""
+    """Counters since the start, and the current load."""
 
     steps: int
     running: int
@@ -106,12 +107,12 @@ class EngineStats:
     prompt_tokens: int
     completion_tokens: int
     step_started: float | None
-    """`time.monotonic()` of the step under way; None when idle."""
+    """`time.monotonic()` when the current step began; None when idle."""
     longest_recent_step: float
     """Seconds."""
 
 
-class Generation:
+class RequestHandle:
     """The handle of one accepted request: a future a sample, and the means to abort."""
 
     __slots__ = ("aborted", "futures", "request")
@@ -122,33 +123,33 @@ class Generation:
         self.aborted = False
 
 
-def answer(future: Future[Output], output: Output) -> None:
-    """Sets a sample's terminal answer, unless it has one: the first counts, from any thread."""
+def resolve_once(future: Future[Output], output: Output) -> None:
+    """Resolves a sample's future unless it is resolved; any thread may call it, the first wins."""
     if not future.done():
         with contextlib.suppress(InvalidStateError):  # another thread was faster
             future.set_result(output)
 
 
 class Engine(Protocol):
-    """Anything that generates; `worker.engine.reference.GenerateEngine` is the plain one."""
+    """Generates: `engine.BatchEngine`, or transformers' own `generate` as `TransformersEngine`."""
 
     name: str
     """For the provenance of results."""
     broken: str | None
-    """Why nothing can run any more (the device is lost, say); every request is then `aborted`, and
-    the process should end, to be started anew."""
+    """Why nothing can run any more (the device is lost, say), else None. Every request is then
+    `aborted`, and the process should end and be restarted."""
 
     def start(self) -> None:
         """Starts the thread that owns the model. Loading has happened before."""
 
-    def add(self, request: EngineRequest) -> Generation:
+    def add(self, request: EngineRequest) -> RequestHandle:
         """Accepts a request, from any thread, without waiting for it."""
 
-    def abort(self, generations: Sequence[Generation]) -> None:
+    def abort(self, handles: Collection[RequestHandle]) -> None:
         """Ends these at once: futures not yet done become `aborted`. Idempotent."""
 
     def unsupported(self, params: SamplingParams) -> str | None:
-        """The name of a parameter that this engine cannot honour, if there is one."""
+        """The name of a parameter that this engine does not support, if there is one."""
 
     def stats(self) -> EngineStats:
         """A snapshot, from any thread."""

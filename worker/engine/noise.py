@@ -2,7 +2,7 @@
 
 A sample is `argmax(logits + noise)` with Gumbel noise, which draws from `softmax(logits)` (the
 Gumbel-max trick). Because no generator has a state, the same sample gets the same noise in any
-batch, slot, engine or order, also after its work was lost and done again.
+batch, engine or order, also when it is computed again after a failure.
 """
 
 from __future__ import annotations

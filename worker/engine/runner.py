@@ -1,4 +1,4 @@
-"""What the engine asks of a model: compute a step, choose the next tokens. No torch."""
+"""The interface of a model to the engine: compute a step, choose the next tokens. No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from worker.engine.interface import PositionLogprobs
-from worker.engine.scheduler import Plan
+from worker.engine.scheduler import StepPlan
 from worker.engine.sequence import Sequence
 
 
@@ -20,7 +20,7 @@ class Choices:
     """The greatest processed logit of each: minus infinity where the parameters left nothing to
     choose, NaN or plus infinity where the model's logits were not finite."""
     logprobs: dict[int, PositionLogprobs] = field(default_factory=dict)
-    """By place in `token_ids`, for those that ask for them."""
+    """By index in `token_ids`, for sequences whose request wants them."""
 
 
 class ModelRunner(Protocol):
@@ -33,7 +33,7 @@ class ModelRunner(Protocol):
     vocab_size: int
     """Ids below it may be chosen."""
 
-    def execute(self, plan: Plan) -> Choices:
+    def execute(self, plan: StepPlan) -> Choices:
         """Computes all positions of the plan into the KV cache, and chooses the next tokens.
 
         All keys and values of a layer are written before any are read. Raises whatever the
@@ -41,29 +41,29 @@ class ModelRunner(Protocol):
         """
 
     def forget(self, sequence: Sequence) -> None:
-        """The sequence has ended: what is kept for it can go."""
+        """Drops what is kept for a sequence, which has ended."""
 
     def lost(self) -> bool:
-        """After a step that failed: whether the device can do nothing more."""
+        """After a step that failed: whether the device is unusable from now on."""
 
     def close(self) -> None:
         """Frees what the model holds."""
 
 
-Flight = Callable[[], Choices]
-"""A step under way: waits for it, and gives its choices or raises what went wrong."""
+PendingStep = Callable[[], Choices]
+"""A started step: waits for it, and returns its choices or raises what went wrong."""
 
 
 @runtime_checkable
-class AheadRunner(ModelRunner, Protocol):
-    """A runner whose device computes a step while the engine takes in the choices of the last one.
+class AsyncRunner(ModelRunner, Protocol):
+    """A runner whose device computes a step while the engine processes the tokens of the last one.
 
-    A sequence of such a step may be one token ahead (`Sequence.ahead`): the runner takes that
-    token, which the step before chose, from where it left it.
+    The last token of a sequence in such a step may be unresolved (`Sequence.num_unresolved`): it
+    was chosen by the step before, and the runner reads it from the device's memory.
     """
 
-    def launch(self, plan: Plan) -> Flight:
-        """Starts a step. Flights are called once each, in the order of their launch."""
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Starts a step. Pending steps are called once each, in the order of their launch."""
 
-    def runs_ahead(self, sequence: Sequence) -> bool:
-        """Whether its next token can be chosen before its last one is known here."""
+    def supports_overlap(self, sequence: Sequence) -> bool:
+        """Whether its next token can be chosen before the CPU knows its last one."""

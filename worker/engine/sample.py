@@ -1,33 +1,34 @@
-"""A sequence with its answer: what its new tokens mean, and when it ends. No torch."""
+"""A sequence with its future: when its new tokens end it, and with what output. No torch."""
 
 from __future__ import annotations
 
 import math
 import time
 
+from nightherd.errors import RowErrorCode
 from worker.engine.interface import (
     FinishReason,
-    Generation,
     Output,
     PositionLogprobs,
+    RequestHandle,
     StopCheck,
-    answer,
+    resolve_once,
 )
-from worker.engine.requests import one_line
 from worker.engine.sequence import Sequence
+from worker.engine.validation import one_line
 
 
 class Sample(Sequence):
-    """One sample of an accepted request, until its terminal answer."""
+    """One sample of an accepted request, until its future is resolved."""
 
-    __slots__ = ("check", "future", "generation", "logprobs", "started")
+    __slots__ = ("future", "handle", "logprobs", "started", "stop_check")
 
-    def __init__(self, generation: Generation, place: int, order: int) -> None:
-        super().__init__(generation.request, place, order)
-        self.generation = generation
-        self.future = generation.futures[place]
+    def __init__(self, handle: RequestHandle, index: int, order: int) -> None:
+        super().__init__(handle.request, index, order)
+        self.handle = handle
+        self.future = handle.futures[index]
         self.logprobs: list[PositionLogprobs] = []
-        self.check: StopCheck | None = None
+        self.stop_check: StopCheck | None = None
         self.started = 0.0
 
     @property
@@ -35,15 +36,15 @@ class Sample(Sequence):
         return self.future.done()
 
     def begin(self) -> None:
-        """Makes what the caller wants to be asked; raises whatever the caller's factories raise."""
+        """Makes the stop check and the grammar; raises whatever the request's factories raise."""
         request = self.request
         if request.make_stop_check is not None:
-            self.check = request.make_stop_check()
+            self.stop_check = request.make_stop_check()
         if request.make_grammar is not None:
             self.grammar = request.make_grammar()
 
-    def take(self, token: int, best: float, logprobs: PositionLogprobs | None) -> bool:
-        """Takes in a new token; true if the sample has ended, answered by then.
+    def take_token(self, token: int, best: float, logprobs: PositionLogprobs | None) -> bool:
+        """Adds a new token; true if that ends the sample, whose future is resolved then.
 
         `best` is the greatest of the processed logits that it was chosen from.
         """
@@ -62,7 +63,7 @@ class Sample(Sequence):
         self.token_ids.append(token)
         if logprobs is not None:
             self.logprobs.append(logprobs)
-        if (self.check is not None or self.grammar is not None) and self._stops(token):
+        if (self.stop_check is not None or self.grammar is not None) and self._stops(token):
             return True
         if len(self.token_ids) - len(request.prompt_token_ids) >= request.max_new_tokens:
             self._finish("length")
@@ -70,9 +71,9 @@ class Sample(Sequence):
         return False
 
     def _stops(self, token: int) -> bool:
-        """Asks stop strings and grammar."""
+        """Whether the stop check or the grammar ends the sample."""
         try:
-            stopped = self.check is not None and self.check(token)
+            stopped = self.stop_check is not None and self.stop_check(token)
         except Exception as error:  # the caller's stop check
             self.fail("engine_error", one_line(error))
             return True
@@ -94,21 +95,21 @@ class Sample(Sequence):
             self.fail("invalid_request", "the parameters leave no token to choose")
 
     def _finish(self, reason: FinishReason, stop_reason: int | None = None) -> None:
-        asked = self.request.params.logprobs is not None
-        answer(
+        wants_logprobs = self.request.params.logprobs is not None
+        resolve_once(
             self.future,
             Output(
                 token_ids=tuple(self.token_ids[self.prompt_length :]),
                 finish_reason=reason,
                 stop_reason=stop_reason,
-                logprobs=tuple(self.logprobs) if asked else None,
+                logprobs=tuple(self.logprobs) if wants_logprobs else None,
                 started=self.started,
                 finished=time.monotonic(),
             ),
         )
 
-    def fail(self, code: str, message: str) -> None:
-        """Answers with an error."""
+    def fail(self, code: RowErrorCode, message: str) -> None:
+        """Resolves the future with an error."""
         output = Output(
             token_ids=(),
             finish_reason="error",
@@ -117,7 +118,9 @@ class Sample(Sequence):
             started=self.started,
             finished=time.monotonic(),
         )
-        answer(self.future, output)
+        resolve_once(self.future, output)
 
     def abort(self) -> None:
-        answer(self.future, Output((), "aborted", started=self.started, finished=time.monotonic()))
+        resolve_once(
+            self.future, Output((), "aborted", started=self.started, finished=time.monotonic())
+        )

@@ -1,25 +1,29 @@
-"""Which positions of which sequences go into the next step.
+"""Plans each step: which positions of which sequences it computes.
 
-A step is a list of rows, one a position: all sequences that decode give one each, and what is left
-of the token budget goes to prefills, in order (chunked prefill, Sarathi: Agrawal et al. 2024). When
-blocks run out the newest sequence is preempted: it keeps what it generated and is computed again
-later. That is rare, as sequences are admitted only while the peak of what all will need is expected
-to fit (`forecast.py`).
+A step is a list of rows, one a position. Each decoding sequence has one row, and the rest of the
+token budget goes to prefills, in order (chunked prefill, Sarathi: Agrawal et al. 2024). When blocks
+run out the newest sequence is preempted: it keeps its tokens, and their keys and values are
+computed again later. That is rare: a sequence is admitted only if the expected peak of the blocks
+that all will need fits (`forecast.py`).
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence as Many
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from worker.engine.block_manager import BlockManager, Match
-from worker.engine.forecast import Forecast, Outputs
+from worker.engine.forecast import Forecast, LengthHistory
 from worker.engine.sequence import Sequence
 
-_FEW = 16
-_STEP, _MOST, _CALM = 0.02, 0.3, 0.002
-"""The margin's growth by a plan that preempts, its most, its decay by a sequence that ends."""
+PREFILL_MIN_FREE_FRACTION = 1 / 16
+"""With `separate_prefill`, a step prefills while others decode only if at least this fraction of
+`max_sequences` is free; and, if the next sequence lacked blocks, only once this fraction of the
+running sequences has ended since."""
+_MARGIN_GROWTH, _MAX_MARGIN, _MARGIN_DECAY = 0.02, 0.3, 0.002
+"""The margin is a fraction of the blocks: it grows by a plan that preempts, up to a maximum, and
+decays by each sequence that ends."""
 
 
 class Span:
@@ -32,12 +36,12 @@ class Span:
         self.start = start
         self.count = count
         self.chooses = start + count == sequence.length
-        """Whether the step reaches the sequence's end, so that its next token is chosen."""
+        """Whether the span reaches the sequence's end, so that the step chooses its next token."""
 
 
 @dataclass(slots=True)
-class Plan:
-    """One step."""
+class StepPlan:
+    """The spans that one step computes."""
 
     spans: list[Span] = field(default_factory=list)
 
@@ -50,9 +54,15 @@ class Scheduler:
     """Admits, preempts and plans. Not thread-safe: the engine's thread owns it."""
 
     def __init__(
-        self, blocks: BlockManager, *, max_sequences: int, budget: int, apart: bool = False
+        self,
+        blocks: BlockManager,
+        *,
+        max_sequences: int,
+        budget: int,
+        separate_prefill: bool = False,
     ) -> None:
-        """`apart`: a step either prefills or decodes, so that decoding ones have few shapes."""
+        """`separate_prefill`: no step both prefills and decodes, so that decode steps have few
+        shapes."""
         if budget < max_sequences:
             raise ValueError(
                 f"the token budget ({budget}) must be at least max_sequences ({max_sequences}): "
@@ -66,27 +76,28 @@ class Scheduler:
         """In the order of admission."""
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
         self.preemptions = 0
-        self._most = (max_sequences, budget)
-        self._apart = apart
-        self._filling = False
-        self.outputs = Outputs()
-        self._promised = 0
-        """Blocks of all that run, if each gets as long as it may."""
+        self._full_limits = (max_sequences, budget)
+        self._separate_prefill = separate_prefill
+        self._prefilling = False
+        self.length_history = LengthHistory()
+        self._max_blocks = 0
+        """What all running sequences need if each gets as long as it may; shared blocks count for
+        each."""
         self._margin = 0.0
-        """Of the blocks, kept free since what was expected had proved too little."""
+        """The fraction of the blocks that is kept free because forecasts were too low before."""
         self._ended = 0
-        """Sequences that ran and are gone, over all time."""
-        self._refused: tuple[Sequence, int] | None = None
-        """Who had to wait for blocks at last, and how many had ended then."""
+        """Sequences that ran and were removed, since the start."""
+        self._last_refused: tuple[Sequence, int] | None = None
+        """The sequence that last lacked blocks for admission, and `_ended` at that time."""
 
     @property
     def limited(self) -> bool:
-        """Whether steps are smaller than they were made to be."""
-        return self.budget < self._most[1]
+        """Whether `limit` has made steps smaller."""
+        return self.budget < self._full_limits[1]
 
     def limit(self, rows: int) -> None:
-        """At most so many rows a step from now on, and never more than it was made with."""
-        sequences, budget = self._most
+        """Sets the budget of rows a step, up to the one given at the start."""
+        sequences, budget = self._full_limits
         self.budget = max(1, min(rows, budget))
         self.max_sequences = min(sequences, self.budget)
 
@@ -102,15 +113,15 @@ class Scheduler:
         """Queues a sequence; one that was preempted comes before those that arrived later."""
         heapq.heappush(self._waiting, (sequence.rank, sequence))
 
-    def remove(self, sequences: Many[Sequence]) -> None:
-        """Forgets sequences, waiting or running, and frees their blocks."""
+    def remove(self, sequences: Iterable[Sequence]) -> None:
+        """Removes sequences, waiting or running, and frees their blocks."""
         gone = set(map(id, sequences))
         left = []
         for sequence in self.running:
             if id(sequence) in gone:
-                self._stop(sequence)
+                self._free(sequence)
                 self._ended += 1
-                self._margin *= 1 - _CALM
+                self._margin *= 1 - _MARGIN_DECAY
             else:
                 left.append(sequence)
         self.running = left
@@ -119,82 +130,88 @@ class Scheduler:
             heapq.heapify(waiting)
             self._waiting = waiting
 
-    def ended(self, sequence: Sequence) -> None:
-        """A sequence has its whole output: what that tells of others'. `remove` must follow."""
-        self.outputs.ended(sequence)
+    def record_length(self, sequence: Sequence) -> None:
+        """Records the output length of a sequence that has ended, for forecasts. `remove` must
+        follow."""
+        self.length_history.record(sequence)
 
-    def plan(self) -> Plan:
-        """The next step; empty if nothing can run (then the first one waiting is too large)."""
+    def plan(self) -> StepPlan:
+        """The next step; empty if nothing can run: then the first waiting sequence is too large."""
         preempted = self.preemptions
         plan = self._plan()
         if self.preemptions != preempted:
-            self._margin = min(_MOST, self._margin + _STEP)
+            self._margin = min(_MAX_MARGIN, self._margin + _MARGIN_GROWTH)
         return plan
 
-    def _plan(self) -> Plan:
-        plan = Plan()
+    def _plan(self) -> StepPlan:
+        plan = StepPlan()
         preempted = self.preemptions
         running = [sequence for sequence in self.running if not sequence.exhausted]
-        if self._apart:
+        if self._separate_prefill:
             prefilling = [sequence for sequence in running if sequence.pending > 1]
-            if prefilling or self._filling or self._admission_pays():
-                budget = self._go_on(plan, prefilling)
+            if prefilling or self._prefilling or self._admission_pays():
+                budget = self._schedule_running(plan, prefilling)
                 if self.preemptions == preempted:
                     self._admit(plan, budget)
-                # Once seats are being filled, they all are.
-                self._filling = bool(plan.spans)
+                # Once sequences are being admitted, steps prefill until no more can be.
+                self._prefilling = bool(plan.spans)
                 if plan.spans:
                     return plan
-            self._go_on(plan, [sequence for sequence in running if sequence.pending == 1])
+            self._schedule_running(
+                plan, [sequence for sequence in running if sequence.pending == 1]
+            )
             return plan
-        budget = self._go_on(plan, running)
+        budget = self._schedule_running(plan, running)
         if self.preemptions == preempted:
             self._admit(plan, budget)
         return plan
 
-    def _go_on(self, plan: Plan, sequences: Many[Sequence]) -> int:
-        """Plans running sequences; what is left of the budget."""
+    def _schedule_running(self, plan: StepPlan, sequences: list[Sequence]) -> int:
+        """Adds running sequences to the plan; returns what is left of the budget."""
         budget = self.budget
         preempted = self.preemptions
         for sequence in sequences:
             if budget == 0:
                 break
             if self.preemptions != preempted and sequence not in self.running:
-                continue  # preempted a moment ago
+                continue  # preempted by this loop
             count = min(sequence.pending, budget)
-            if self._make_room(sequence, sequence.computed + count):
+            if self._allocate_or_preempt(sequence, sequence.computed + count):
                 budget -= count
-                self._put(plan, sequence, count)
+                self._add_span(plan, sequence, count)
         return budget
 
     def _admission_pays(self) -> bool:
-        """Whether a step that only prefills is worth it: while others decode, a sixteenth of the
-        seats should be free, or of the sequences have ended, for many small prefills cost more than
-        few large."""
+        """Whether a step that only prefills pays, see `PREFILL_MIN_FREE_FRACTION`: many small
+        prefills cost more than few large ones."""
         if not self._waiting:
             return False
         if not self.running:
             return True
-        seats = self.max_sequences - len(self.running)
-        return seats * _FEW >= self.max_sequences and not self._waits_for_blocks(_FEW)
+        free = self.max_sequences - len(self.running)
+        return (
+            free >= self.max_sequences * PREFILL_MIN_FREE_FRACTION
+            and not self._waits_for_blocks(len(self.running) * PREFILL_MIN_FREE_FRACTION)
+        )
 
-    def _waits_for_blocks(self, share: int) -> bool:
-        """Whether the next one had no room, and too few have ended since to look again: one in
-        `share` of those that run."""
-        if self._refused is None or not self._waiting:
+    def _waits_for_blocks(self, enough: float) -> bool:
+        """Whether the next sequence lacked blocks when it was last tried, and fewer than `enough`
+        running sequences have ended since: then it is not worth trying again."""
+        if self._last_refused is None or not self._waiting:
             return False
-        sequence, ended = self._refused
-        return sequence is self._waiting[0][1] and (self._ended - ended) * share < len(self.running)
+        sequence, ended = self._last_refused
+        return sequence is self._waiting[0][1] and self._ended - ended < enough
 
-    def _put(self, plan: Plan, sequence: Sequence, count: int) -> None:
+    def _add_span(self, plan: StepPlan, sequence: Sequence, count: int) -> None:
         plan.spans.append(Span(sequence, sequence.computed, count))
         end = sequence.computed + count
-        known = min(end, sequence.known)
-        if known // self.blocks.block_size > len(sequence.chain):
-            self.blocks.publish(sequence, known)
+        known = min(end, sequence.num_known_tokens)
+        if known // self.blocks.block_size > len(sequence.prefix_ids):
+            self.blocks.cache_full_blocks(sequence, known)
 
-    def _make_room(self, sequence: Sequence, length: int) -> bool:
-        """Blocks for a running sequence, if need be at the expense of the newest ones."""
+    def _allocate_or_preempt(self, sequence: Sequence, length: int) -> bool:
+        """Allocates blocks for `[0, length)` of a running sequence, and preempts the newest ones if
+        too few are free. False if the sequence itself was preempted."""
         if length <= len(sequence.block_ids) * self.blocks.block_size:
             return True
         while not self.blocks.extend(sequence, length):
@@ -206,94 +223,94 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._stop(sequence)
+        self._free(sequence)
         self.add(sequence)
         self.preemptions += 1
 
-    def _stop(self, sequence: Sequence) -> None:
+    def _free(self, sequence: Sequence) -> None:
         self.blocks.release(sequence)
-        self._promised -= self._most_blocks(sequence)
+        self._max_blocks -= self._max_blocks_of(sequence)
 
-    def _stop_all(self) -> None:
+    def _free_all(self) -> None:
         for sequence in self.running:
-            self._stop(sequence)
-        self._refused = None
+            self._free(sequence)
+        self._last_refused = None
 
-    def _most_blocks(self, sequence: Sequence) -> int:
-        """The last token is chosen, and never computed."""
+    def _max_blocks_of(self, sequence: Sequence) -> int:
+        """What a sequence needs if it gets as long as it may; its last token is never computed."""
         return self.blocks.blocks_for(sequence.prompt_length + sequence.request.max_new_tokens - 1)
 
-    def _admit(self, plan: Plan, budget: int) -> None:
-        if not self._apart and self._waits_for_blocks(len(self.running)):
+    def _admit(self, plan: StepPlan, budget: int) -> None:
+        if not self._separate_prefill and self._waits_for_blocks(min(1, len(self.running))):
             return
         forecast: Forecast | None = None
         while budget > 0 and self._waiting and len(self.running) < self.max_sequences:
             sequence = self._waiting[0][1]
             match = self.blocks.match(sequence)
             fits = self.blocks.fits(sequence.length, match)
-            if fits and self.running and not self._surely_fits(sequence, match):
+            if fits and self.running and not self._fits_worst_case(sequence, match):
                 if forecast is None:
                     forecast = self._forecast(sequence)
-                most = self.blocks.num_blocks * (1 - self._margin)
-                fits = forecast.admit(sequence, len(match.blocks), match.idle, most)
+                limit = self.blocks.num_blocks * (1 - self._margin)
+                fits = forecast.admit(sequence, len(match.blocks), match.idle, limit)
             if not fits:
-                self._refused = (sequence, self._ended)
+                self._last_refused = (sequence, self._ended)
                 return
             heapq.heappop(self._waiting)
             self.blocks.admit(sequence, match)
             count = min(sequence.pending, budget)
             if not self.blocks.extend(sequence, sequence.computed + count):
-                raise AssertionError(f"{sequence} fits and yet does not")
+                raise AssertionError(f"{sequence} was found to fit, and gets no blocks")
             self.running.append(sequence)
-            self._promised += self._most_blocks(sequence)
+            self._max_blocks += self._max_blocks_of(sequence)
             budget -= count
-            self._put(plan, sequence, count)
+            self._add_span(plan, sequence, count)
 
-    def _surely_fits(self, sequence: Sequence, match: Match) -> bool:
-        """Whether all have room, however long they get: true wherever blocks are plenty."""
-        growth = self._promised - self.blocks.held
-        needed = self._most_blocks(sequence) - len(match.blocks) + match.idle
+    def _fits_worst_case(self, sequence: Sequence, match: Match) -> bool:
+        """Whether all sequences fit, this one included, even if each gets as long as it may."""
+        growth = self._max_blocks - self.blocks.held
+        needed = self._max_blocks_of(sequence) - len(match.blocks) + match.idle
         return self.blocks.used + growth + needed <= self.blocks.num_blocks
 
     def _forecast(self, sequence: Sequence) -> Forecast:
         return Forecast(
             self.running,
-            [self.blocks.shared(each) for each in self.running],
+            [self.blocks.num_shared(each) for each in self.running],
             sequence,
             used=self.blocks.used,
-            block=self.blocks.block_size,
-            outputs=self.outputs,
+            block_size=self.blocks.block_size,
+            history=self.length_history,
         )
 
     def first_waiting(self) -> Sequence | None:
         return self._waiting[0][1] if self._waiting else None
 
-    def advance(self, plan: Plan) -> None:
-        """The step is done: its positions are in the KV cache."""
+    def advance(self, plan: StepPlan) -> None:
+        """Counts the plan's positions as computed."""
         for span in plan.spans:
             span.sequence.computed += span.count
 
     def start_over(self) -> None:
-        """The step failed: the KV cache cannot be trusted; all wait to be computed again."""
-        self._stop_all()
+        """Queues all sequences to be computed again, as a failed step has spoilt the KV cache."""
+        self._free_all()
         for sequence in self.running:
             self.add(sequence)
         self.running = []
-        self.blocks.forget_all()
+        self.blocks.clear_cache()
 
     def drain(self) -> list[Sequence]:
-        """Takes all sequences out, best rank first; running ones lose what they have computed."""
-        self._stop_all()
-        taken = [*self.running, *(sequence for _, sequence in self._waiting)]
+        """Removes and returns all sequences, by rank; running ones lose what they have computed."""
+        self._free_all()
+        removed = [*self.running, *(sequence for _, sequence in self._waiting)]
         self.running, self._waiting = [], []
-        return sorted(taken, key=lambda sequence: sequence.rank)
+        return sorted(removed, key=lambda sequence: sequence.rank)
 
     def check(self) -> None:
-        """`BlockManager.check`, and what holds between steps. For tests."""
+        """`BlockManager.check`, and the scheduler's own invariants between steps. For tests."""
         self.blocks.check(self.running)
-        promised = sum(map(self._most_blocks, self.running))
-        if promised != self._promised:
-            raise AssertionError(f"{self._promised} blocks promised, {promised} by those that run")
+        most = sum(map(self._max_blocks_of, self.running))
+        if most != self._max_blocks:
+            raise AssertionError(f"{self._max_blocks} blocks counted at most, {most} needed")
         for sequence in self.running:
             room = len(sequence.block_ids) * self.blocks.block_size
             if not 0 <= sequence.computed <= min(room, sequence.length):

@@ -1,4 +1,4 @@
-"""One sample on its way through the engine."""
+"""The tokens of one sample, and how many of them are in the KV cache."""
 
 from __future__ import annotations
 
@@ -8,54 +8,54 @@ from worker.engine.interface import EngineRequest, Grammar
 
 
 class Sequence:
-    """A sample's tokens, and how far the KV cache has them.
+    """A sample's tokens, its KV cache blocks, and how many positions are computed.
 
     Index arithmetic: `[0, prompt_length)` is the prompt, `[prompt_length, length)` was generated,
     `[0, computed)` is valid in the KV cache. The token at `length - 1` has been chosen and not been
     computed yet, so while it decodes `computed == length - 1`.
 
-    A runner may start a step before the tokens of the one before are known here: `[known, length)`
-    has been chosen, or will be by a step under way, and is not in `token_ids` yet.
+    An `AsyncRunner` may start a step before the tokens of the last one are processed:
+    `[num_known_tokens, length)` are chosen by a pending step, and not in `token_ids` yet.
     """
 
     __slots__ = (
-        "ahead",
         "block_ids",
-        "chain",
         "computed",
         "grammar",
+        "index",
+        "num_unresolved",
         "order",
-        "place",
+        "prefix_ids",
         "request",
         "sampling",
         "token_ids",
     )
 
-    def __init__(self, request: EngineRequest, place: int, order: int) -> None:
+    def __init__(self, request: EngineRequest, index: int, order: int) -> None:
         self.request = request
-        self.place = place
+        self.index = index
         """Which of the request's samples it is."""
         self.order = order
-        """By arrival: unique, and kept over preemptions."""
+        """Number by arrival: unique, and kept when it is preempted."""
         self.token_ids: list[int] = list(request.prompt_token_ids)
-        self.ahead = 0
-        """How many of its last tokens are not known yet."""
+        self.num_unresolved = 0
+        """Tokens at its end that a pending step chooses, and that are not known yet."""
         self.computed = 0
         self.block_ids: list[int] = []
-        """Its pages of the KV cache: block i holds positions [i * block_size, …)."""
+        """Its blocks of the KV cache: `block_ids[i]` holds positions [i * block_size, …)."""
         self.grammar: Grammar | None = None
         self.sampling: Any = None
-        """What a model runner keeps for it from step to step."""
-        self.chain: list[int] = []
-        """What identifies the content up to the end of each of its published blocks."""
+        """The sampling state that a model runner keeps for it."""
+        self.prefix_ids: list[int] = []
+        """For each of its full blocks in the prefix cache: the id of all tokens up to its end."""
 
     @property
-    def known(self) -> int:
+    def num_known_tokens(self) -> int:
         return len(self.token_ids)
 
     @property
     def length(self) -> int:
-        return len(self.token_ids) + self.ahead
+        return len(self.token_ids) + self.num_unresolved
 
     @property
     def prompt_length(self) -> int:
@@ -63,21 +63,21 @@ class Sequence:
 
     @property
     def generated(self) -> int:
-        return len(self.token_ids) + self.ahead - len(self.request.prompt_token_ids)
+        return len(self.token_ids) + self.num_unresolved - len(self.request.prompt_token_ids)
 
     @property
     def exhausted(self) -> bool:
-        """Whether the tokens that are not known yet are the last that it may have."""
-        return self.ahead > 0 and self.generated >= self.request.max_new_tokens
+        """Whether its unresolved tokens are the last that it may generate."""
+        return self.num_unresolved > 0 and self.generated >= self.request.max_new_tokens
 
     @property
     def pending(self) -> int:
         """Positions to be computed before the next token can be chosen; 1 while it decodes."""
-        return len(self.token_ids) + self.ahead - self.computed
+        return len(self.token_ids) + self.num_unresolved - self.computed
 
     @property
     def rank(self) -> tuple[int, int]:
-        """Smaller goes first: by priority, then by arrival."""
+        """Smaller ranks run first: by priority, then by arrival."""
         return (-self.request.priority, self.order)
 
     def __repr__(self) -> str:

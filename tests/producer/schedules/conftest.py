@@ -9,10 +9,10 @@ import pytest
 
 from models.database import Database
 from nightherd.settings import Settings
-from producer.schedules.scheduler import Scheduler
+from producer.schedules.firing_loop import FiringLoop
 from tests.scheduling import (
     Clock,
-    scheduler,
+    firing_loop,
     utc,
     write_input,
 )
@@ -36,6 +36,6 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def beat(database: Database, settings: Settings, clock: Clock) -> Iterator[Scheduler]:
-    with scheduler(database, settings, clock) as made:
+def beat(database: Database, settings: Settings, clock: Clock) -> Iterator[FiringLoop]:
+    with firing_loop(database, settings, clock) as made:
         yield made

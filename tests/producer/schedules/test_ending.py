@@ -13,16 +13,16 @@ from sqlalchemy import func, select, update
 from models.base import db_now
 from models.database import Database
 from models.job import Chunk, Job, Request, Result
-from models.store import jobs, submit
+from models.store import jobs, storing
 from nightherd.settings import Settings
-from producer.schedules.scheduler import Scheduler
+from producer.schedules.firing_loop import FiringLoop
 from tests.scheduling import (
     Clock,
     all_firings,
+    firing_loop,
     jobs_by_state,
     make_schedule,
     schedule_row,
-    scheduler,
     told,
     utc,
 )
@@ -31,14 +31,14 @@ from tests.seeding import job, job_results, make_worker, try_claim, work_off
 MakeSettings = Callable[..., Settings]
 
 
-def _ended(database: Database, beat: Scheduler, *, failing: dict[int, str] | None = None) -> None:
+def _ended(database: Database, beat: FiringLoop, *, failing: dict[int, str] | None = None) -> None:
     work_off(database, make_worker(database), failing=failing)
     beat._look_for_ends_at = -1e9
     beat.round()
 
 
 def test_succeeded_and_its_output(
-    database: Database, beat: Scheduler, clock: Clock, path: Path, tmp_path: Path
+    database: Database, beat: FiringLoop, clock: Clock, path: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out" / "{{ firing }}.jsonl"
     make_schedule(database, path, options={"output": str(out)})
@@ -58,7 +58,7 @@ def test_succeeded_and_its_output(
 
 
 def test_some_rows_failed_all_rows_failed(
-    database: Database, beat: Scheduler, clock: Clock, path: Path
+    database: Database, beat: FiringLoop, clock: Clock, path: Path
 ) -> None:
     make_schedule(database, path)
     clock.on(minutes=1)
@@ -77,7 +77,7 @@ def test_some_rows_failed_all_rows_failed(
 
 @pytest.mark.parametrize("how", ["cancelled", "expired", "gone"])
 def test_a_job_that_did_not_make_it(
-    database: Database, beat: Scheduler, clock: Clock, path: Path, tmp_path: Path, how: str
+    database: Database, beat: FiringLoop, clock: Clock, path: Path, tmp_path: Path, how: str
 ) -> None:
     out = tmp_path / "out.jsonl"
     make_schedule(database, path, options={"output": str(out)})
@@ -102,7 +102,7 @@ def test_a_job_that_did_not_make_it(
 
 
 def test_an_output_that_cannot_be_written(
-    database: Database, beat: Scheduler, clock: Clock, path: Path, tmp_path: Path
+    database: Database, beat: FiringLoop, clock: Clock, path: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "folder"
     out.mkdir()
@@ -121,7 +121,7 @@ def test_an_output_that_cannot_be_written(
 
 def test_one_beat_writes_an_output(
     database: Database,
-    beat: Scheduler,
+    beat: FiringLoop,
     clock: Clock,
     path: Path,
     tmp_path: Path,
@@ -137,7 +137,7 @@ def test_one_beat_writes_an_output(
     written = []
     real = ending._write_output
 
-    with scheduler(database, settings, clock) as other:
+    with firing_loop(database, settings, clock) as other:
 
         def write(*arguments: object) -> None:
             written.append(1)
@@ -154,7 +154,7 @@ def test_one_beat_writes_an_output(
 
 
 def test_history_limits_remove_firings_with_their_jobs(
-    database: Database, beat: Scheduler, clock: Clock, path: Path
+    database: Database, beat: FiringLoop, clock: Clock, path: Path
 ) -> None:
     make_schedule(database, path, keep_succeeded=2, keep_failed=0)
     made = []
@@ -169,7 +169,7 @@ def test_history_limits_remove_firings_with_their_jobs(
     assert job(database, made[0]).firing_id is None
     gone = 0
     with database.write() as connection:
-        while count := submit.remove_orphans(connection, idle_seconds=600, limit=1):
+        while count := storing.remove_orphans(connection, idle_seconds=600, limit=1):
             gone += count
             assert count <= 2, "in pages"
     assert gone == 2 * (2 + 2 + 1)
@@ -183,7 +183,7 @@ def test_history_limits_remove_firings_with_their_jobs(
 
 
 def test_a_job_that_is_retried_or_held_is_not_removed(
-    database: Database, beat: Scheduler, clock: Clock, path: Path
+    database: Database, beat: FiringLoop, clock: Clock, path: Path
 ) -> None:
     make_schedule(database, path, keep_succeeded=0, keep_failed=0)
     clock.on(minutes=1)
@@ -203,7 +203,7 @@ def test_a_job_that_is_retried_or_held_is_not_removed(
 
 def test_skipped_rows_do_not_grow_without_end(
     database: Database,
-    beat: Scheduler,
+    beat: FiringLoop,
     clock: Clock,
     path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -17,15 +17,15 @@ from models.schedule import Firing
 from models.store import firings
 from nightherd.settings import Settings
 from producer.schedules import firing as firing_module
-from producer.schedules.lease import LostError
-from producer.schedules.scheduler import MAX_ATTEMPTS, Scheduler
+from producer.schedules.firing_loop import MAX_ATTEMPTS, FiringLoop
+from producer.schedules.hold import LeaseLostError
 from tests.scheduling import (
     Clock,
     all_firings,
+    firing_loop,
     jobs_by_state,
     lapse_claims,
     make_schedule,
-    scheduler,
     told,
 )
 
@@ -33,7 +33,7 @@ MakeSettings = Callable[..., Settings]
 
 
 def test_a_bad_input_is_a_failed_firing_and_the_next_night_tries_again(
-    database: Database, beat: Scheduler, clock: Clock, path: Path
+    database: Database, beat: FiringLoop, clock: Clock, path: Path
 ) -> None:
     good = path.read_text()
     make_schedule(database, path)
@@ -72,7 +72,7 @@ def test_each_has_its_reason(
 ) -> None:
     make_schedule(sqlite_database, path.parent / name, options=options)
     clock.on(minutes=1)
-    with scheduler(sqlite_database, settings, clock) as beat:
+    with firing_loop(sqlite_database, settings, clock) as beat:
         beat.round()
     (row,) = all_firings(sqlite_database)
     assert row.state == "failed"
@@ -81,7 +81,7 @@ def test_each_has_its_reason(
 
 def test_an_unexpected_error_is_a_failed_firing_too(
     database: Database,
-    beat: Scheduler,
+    beat: FiringLoop,
     clock: Clock,
     path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -97,7 +97,7 @@ def test_an_unexpected_error_is_a_failed_firing_too(
     assert (row.state, row.reason) == ("failed", "an unexpected ZeroDivisionError: one two")
 
 
-def _claimed(database: Database, clock: Clock, beat: Scheduler) -> int:
+def _claimed(database: Database, clock: Clock, beat: FiringLoop) -> int:
     """A beat dies when it has claimed."""
     clock.on(minutes=1)
     claimed = beat._claim(clock.now, None)
@@ -107,11 +107,11 @@ def _claimed(database: Database, clock: Clock, beat: Scheduler) -> int:
 
 
 def test_a_claim_that_lapsed_is_taken_over(
-    database: Database, beat: Scheduler, clock: Clock, path: Path, settings: Settings
+    database: Database, beat: FiringLoop, clock: Clock, path: Path, settings: Settings
 ) -> None:
     make_schedule(database, path)
     firing_id = _claimed(database, clock, beat)
-    with scheduler(database, settings, clock) as other:
+    with firing_loop(database, settings, clock) as other:
         assert not other.round().fired
         lapse_claims(database)
         (fired,) = other.round().fired
@@ -123,7 +123,7 @@ def test_a_claim_that_lapsed_is_taken_over(
 
 def test_after_five_beats_a_firing_fails(
     database: Database,
-    beat: Scheduler,
+    beat: FiringLoop,
     clock: Clock,
     path: Path,
     settings: Settings,
@@ -139,7 +139,7 @@ def test_after_five_beats_a_firing_fails(
     for _ in range(MAX_ATTEMPTS - 1):
         lapse_claims(database)
         with database.write() as connection:
-            assert beat._take_one_over(connection) is not None
+            assert beat._claim_lapsed(connection) is not None
     lapse_claims(database)
     assert not beat.round().fired
     (row,) = all_firings(database)
@@ -152,7 +152,7 @@ def test_after_five_beats_a_firing_fails(
 
 def test_who_lost_a_firing_discards_its_job(
     database: Database,
-    beat: Scheduler,
+    beat: FiringLoop,
     clock: Clock,
     path: Path,
     settings: Settings,
@@ -161,7 +161,7 @@ def test_who_lost_a_firing_discards_its_job(
     """It stood still for longer than its lease, and another beat has fired meanwhile."""
     make_schedule(database, path)
     real = firing_module.submit
-    other = Scheduler(database, settings, clock=clock)
+    other = FiringLoop(database, settings, clock=clock)
 
     def stand_still(*arguments: Any, **given: Any) -> Any:
         monkeypatch.setattr(firing_module, "submit", real)
@@ -179,7 +179,7 @@ def test_who_lost_a_firing_discards_its_job(
 
 
 def test_the_lease_is_renewed_beside_the_work(
-    database: Database, beat: Scheduler, clock: Clock, path: Path
+    database: Database, beat: FiringLoop, clock: Clock, path: Path
 ) -> None:
     make_schedule(database, path)
     firing_id = _claimed(database, clock, beat)
@@ -193,12 +193,12 @@ def test_the_lease_is_renewed_beside_the_work(
         with database.write() as connection:
             connection.execute(update(Firing).values(claimed_by="another"))
         beat.holder.renew(hold)
-        with pytest.raises(LostError):
-            hold.move()
+        with pytest.raises(LeaseLostError):
+            hold.heartbeat()
 
 
 def test_the_answer_to_a_claim_is_lost(
-    database: Database, beat: Scheduler, clock: Clock, path: Path
+    database: Database, beat: FiringLoop, clock: Clock, path: Path
 ) -> None:
     """The second try finds what the first one claimed."""
     make_schedule(database, path)

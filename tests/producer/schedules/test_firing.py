@@ -1,4 +1,4 @@
-"""Schedules on a clock that the test sets: each slot once, whatever the clock and the beats do."""
+"""Schedules on a clock that the test sets: each scheduled time fires once, whatever happens."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import pytest
 
 from models.database import Database
 from nightherd.settings import Settings
-from producer.cron import parse_rule, show_utc
-from producer.schedules import scheduler as scheduler_module
-from producer.schedules.scheduler import Scheduler
+from producer.schedules import firing_loop as firing_loop_module
+from producer.schedules.cron import parse_rule, show_utc
+from producer.schedules.firing_loop import FiringLoop
 from tests.scheduling import (
     Clock,
     all_firings,
+    firing_loop,
     jobs_by_state,
     make_schedule,
     schedule_row,
-    scheduler,
     told,
     utc,
     write_input,
@@ -30,8 +30,8 @@ from tests.seeding import job, make_worker, work_off
 MakeSettings = Callable[..., Settings]
 
 
-def test_a_slot_becomes_a_firing_and_a_job(
-    database: Database, beat: Scheduler, clock: Clock, path: Path
+def test_a_scheduled_time_becomes_a_firing_and_a_job(
+    database: Database, beat: FiringLoop, clock: Clock, path: Path
 ) -> None:
     make_schedule(database, path, options={"priority": 3, "seed": 5, "deadline_seconds": 3600.0})
     assert beat.round().looked_at == 0
@@ -51,7 +51,7 @@ def test_a_slot_becomes_a_firing_and_a_job(
 
 
 def test_the_input_is_read_afresh_at_each_firing(
-    database: Database, beat: Scheduler, clock: Clock, tmp_path: Path
+    database: Database, beat: FiringLoop, clock: Clock, tmp_path: Path
 ) -> None:
     make_schedule(database, tmp_path / "{{ scheduled_for | date }}.jsonl")
     clock.on(minutes=1)
@@ -70,11 +70,11 @@ def test_three_beats_and_a_thousand_ticks_give_one_firing_each(
     clock = Clock(begin)
     crons = ("0 * * * *", "*/45 * * * *", "30 2 * * *")
     ids = [make_schedule(database, path, name=cron, cron=cron, since=begin) for cron in crons]
-    beats = [Scheduler(database, settings, clock=clock) for _ in range(3)]
+    beats = [FiringLoop(database, settings, clock=clock) for _ in range(3)]
     meet = threading.Barrier(4)
     errors: list[BaseException] = []
 
-    def run(beat: Scheduler) -> None:
+    def run(beat: FiringLoop) -> None:
         try:
             for _ in range(1_000):
                 meet.wait(60)
@@ -101,9 +101,9 @@ def test_three_beats_and_a_thousand_ticks_give_one_firing_each(
         beat.close()
     fired = sorted((row.schedule_id, row.scheduled_for_utc) for row in all_firings(database))
     assert fired == sorted(
-        (schedule, slot)
+        (schedule, time)
         for schedule, cron in zip(ids, crons, strict=True)
-        for slot in parse_rule(cron, "UTC").between(begin, clock.now)
+        for time in parse_rule(cron, "UTC").between(begin, clock.now)
     )
     assert len(fired) > 90
     assert {row.state for row in all_firings(database)} == {"submitted"}
@@ -113,8 +113,8 @@ def test_three_beats_and_a_thousand_ticks_give_one_firing_each(
 # The beat is away.
 
 
-def test_down_over_the_slot_gives_one_catch_up_inside_the_deadline(
-    database: Database, beat: Scheduler, clock: Clock, path: Path
+def test_down_over_the_time_gives_one_catch_up_inside_the_deadline(
+    database: Database, beat: FiringLoop, clock: Clock, path: Path
 ) -> None:
     make_schedule(database, path, starting_deadline_seconds=6 * 3600.0)
     clock.on(hours=5)  # 06:59
@@ -122,9 +122,9 @@ def test_down_over_the_slot_gives_one_catch_up_inside_the_deadline(
     assert told(database) == ["2026-01-05T02:00Z submitted"]
 
 
-def test_down_over_the_slot_gives_a_recorded_skip_outside(
+def test_down_over_the_time_gives_a_recorded_skip_outside(
     database: Database,
-    beat: Scheduler,
+    beat: FiringLoop,
     clock: Clock,
     path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -144,7 +144,10 @@ def test_down_over_the_slot_gives_a_recorded_skip_outside(
     assert not beat.round().fired
     (row,) = all_firings(database)
     assert row.state == "skipped"
-    assert row.reason == "the slot of 2026-01-05T02:00Z was more than 6h late (--starting-deadline)"
+    assert (
+        row.reason
+        == "the scheduled time 2026-01-05T02:00Z was more than 6h late (--starting-deadline)"
+    )
     assert row.finished_at is not None
     assert said == [("firing.missed", "https://example.org/x", "nightly")]
     assert jobs_by_state(database) == {}
@@ -160,7 +163,7 @@ def test_down_over_the_slot_gives_a_recorded_skip_outside(
 )
 def test_down_for_four_nights(
     database: Database,
-    beat: Scheduler,
+    beat: FiringLoop,
     clock: Clock,
     path: Path,
     misfire: str,
@@ -179,27 +182,27 @@ def test_down_for_four_nights(
 
 
 def test_the_clock_goes_back_an_hour(
-    database: Database, beat: Scheduler, clock: Clock, path: Path
+    database: Database, beat: FiringLoop, clock: Clock, path: Path
 ) -> None:
     make_schedule(database, path, cron="*/10 * * * *", since=utc("2026-01-05T01:59"))
     for minutes in (1, 10, 10, 10, 10, 10, 10, -60, 10, 10, 10, 10, 10, 10, 10):
         clock.on(minutes=minutes)
         beat.round()
     assert clock.now == utc("2026-01-05T03:10")
-    slots = [show_utc(row.scheduled_for_utc)[11:16] for row in all_firings(database)]
-    assert slots == ["02:00", "02:10", "02:20", "02:30", "02:40", "02:50", "03:00", "03:10"]
+    times = [show_utc(row.scheduled_for_utc)[11:16] for row in all_firings(database)]
+    assert times == ["02:00", "02:10", "02:20", "02:30", "02:40", "02:50", "03:00", "03:10"]
     assert jobs_by_state(database) == {"queued": 8}
 
 
-def test_a_schedule_that_was_set_back_fires_no_slot_again(
-    database: Database, beat: Scheduler, clock: Clock, path: Path
+def test_a_schedule_that_was_set_back_fires_no_time_again(
+    database: Database, beat: FiringLoop, clock: Clock, path: Path
 ) -> None:
-    """The second guard: the row of the slot."""
+    """The second guard: one row for each scheduled time."""
     schedule = make_schedule(database, path)
     clock.on(minutes=2)
     beat.round()
     with database.write() as connection:
-        scheduler_module.schedules.change(
+        firing_loop_module.schedules.change(
             connection, schedule, {"next_at": utc("2026-01-05T02:00")}
         )
     assert not beat.round().fired
@@ -234,7 +237,7 @@ def test_one_firing_a_day_when_the_clock_changes(
     end = datetime.fromisoformat(last).replace(tzinfo=tz)
     clock = Clock(begin.astimezone(utc(first).tzinfo))
     make_schedule(sqlite_database, path, cron=cron, timezone=zone, since=clock.now)
-    with scheduler(sqlite_database, settings, clock) as beat:
+    with firing_loop(sqlite_database, settings, clock) as beat:
         while clock.on(minutes=15) < end:
             beat.round()
     days = [row.scheduled_for_utc.astimezone(tz).date() for row in all_firings(sqlite_database)]
@@ -245,7 +248,7 @@ def test_one_firing_a_day_when_the_clock_changes(
 
 
 def test_forbid_skips_while_a_job_is_open_and_names_it(
-    database: Database, beat: Scheduler, clock: Clock, path: Path
+    database: Database, beat: FiringLoop, clock: Clock, path: Path
 ) -> None:
     make_schedule(database, path, concurrency="forbid")
     clock.on(minutes=1)
@@ -264,7 +267,7 @@ def test_forbid_skips_while_a_job_is_open_and_names_it(
 
 
 def test_forbid_waits_with_misfire_all(
-    database: Database, beat: Scheduler, clock: Clock, path: Path
+    database: Database, beat: FiringLoop, clock: Clock, path: Path
 ) -> None:
     make_schedule(database, path, concurrency="forbid", misfire="all")
     make_schedule(database, path, name="other", cron="5 2 * * *")
@@ -284,7 +287,7 @@ def test_forbid_waits_with_misfire_all(
 
 
 def test_allow_lets_them_overlap(
-    database: Database, beat: Scheduler, clock: Clock, path: Path
+    database: Database, beat: FiringLoop, clock: Clock, path: Path
 ) -> None:
     make_schedule(database, path, concurrency="allow")
     clock.on(minutes=1)
@@ -295,7 +298,7 @@ def test_allow_lets_them_overlap(
 
 
 def test_replace_cancels_what_earlier_firings_have_in_hand(
-    database: Database, beat: Scheduler, clock: Clock, path: Path
+    database: Database, beat: FiringLoop, clock: Clock, path: Path
 ) -> None:
     make_schedule(database, path, concurrency="replace")
     clock.on(minutes=1)
@@ -312,7 +315,7 @@ def test_replace_cancels_what_earlier_firings_have_in_hand(
 
 
 def test_replace_leaves_what_has_ended_and_a_bad_input_replaces_nothing(
-    database: Database, beat: Scheduler, clock: Clock, path: Path
+    database: Database, beat: FiringLoop, clock: Clock, path: Path
 ) -> None:
     make_schedule(database, path, concurrency="replace")
     clock.on(minutes=1)

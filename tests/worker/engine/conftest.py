@@ -13,15 +13,15 @@ from tests.checkpoints import tiny_llama
 from tests.engines import VOCAB, Faulty
 from tests.kernels import FOLDER
 from worker.engine.block_manager import BlockManager
-from worker.engine.cpu_compile import NO_COMPILER, Kernels, find_compiler
-from worker.engine.cpu_level import Level
-from worker.engine.cpu_runner import CpuRunner
+from worker.engine.cpu.compiler import NO_COMPILER, CpuKernels, find_compiler
+from worker.engine.cpu.cpu_runner import CpuRunner
+from worker.engine.cpu.level import Level
+from worker.engine.cpu.openmp import end_team
 from worker.engine.engine import BatchEngine
-from worker.engine.openmp import end_team
-from worker.engine.reference import GenerateEngine
 from worker.engine.runner import ModelRunner
 from worker.engine.scheduler import Scheduler
-from worker.engine.torch_runner import TorchRunner
+from worker.engine.torch.torch_runner import TorchRunner
+from worker.engine.transformers.transformers_engine import TransformersEngine
 
 
 @pytest.fixture(scope="session")
@@ -31,18 +31,18 @@ def model() -> Any:
 
 @pytest.fixture
 def engines(
-    generate_engines: Callable[..., GenerateEngine],
-) -> Callable[..., GenerateEngine]:
-    return generate_engines
+    transformers_engines: Callable[..., TransformersEngine],
+) -> Callable[..., TransformersEngine]:
+    return transformers_engines
 
 
 @pytest.fixture
-def generate_engines(model: Any) -> Iterator[Callable[..., GenerateEngine]]:
+def transformers_engines(model: Any) -> Iterator[Callable[..., TransformersEngine]]:
     """Makes started engines on the shared model, and stops them at the end."""
-    made: list[GenerateEngine] = []
+    made: list[TransformersEngine] = []
 
-    def make(start: bool = True, **given: Any) -> GenerateEngine:
-        engine = GenerateEngine(
+    def make(start: bool = True, **given: Any) -> TransformersEngine:
+        engine = TransformersEngine(
             **{
                 "model": model,
                 "vocab_size": VOCAB,
@@ -88,7 +88,7 @@ def batch_engines(model: Any, kernels: Path) -> Iterator[Callable[..., BatchEngi
         blocks: int = 128,
         threads: int = 2,
         prefix_cache: bool = True,
-        kind: str = "kernels",  # or a level of theirs
+        kind: str = "cpu",  # or "torch", or a level of CPUs
         wrap: Callable[[ModelRunner], ModelRunner] = lambda runner: runner,
         **_: Any,
     ) -> BatchEngine:
@@ -102,7 +102,7 @@ def batch_engines(model: Any, kernels: Path) -> Iterator[Callable[..., BatchEngi
                 max_rows=max(budget, max_batch),
                 max_sequences=max_batch,
                 threads=threads,
-                kernels=Kernels.here(kernels, None if kind == "kernels" else cast(Level, kind)),
+                kernels=CpuKernels.here(kernels, None if kind == "cpu" else cast(Level, kind)),
             )
         else:
             loaded = TorchRunner(copied, vocab_size=vocab_size, num_blocks=blocks)
@@ -124,7 +124,7 @@ def batch_engines(model: Any, kernels: Path) -> Iterator[Callable[..., BatchEngi
 
 
 @pytest.fixture
-def engine(engines: Callable[..., GenerateEngine]) -> GenerateEngine:
+def engine(engines: Callable[..., TransformersEngine]) -> TransformersEngine:
     return engines()
 
 

@@ -1,6 +1,6 @@
-"""Who is admitted when blocks are scarce: as many as will fit, by what outputs have been so far.
+"""Admission when blocks are scarce: as many sequences as a forecast from earlier outputs allows.
 
-`benchmarks/admission.py` runs the real scheduler by a runner that only counts.
+`benchmarks/admission.py` drives the real scheduler, and computes nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.engines import ask, check, wait
 from worker.engine import scheduler as scheduler_module
 from worker.engine.block_manager import BlockManager
 from worker.engine.engine import BatchEngine
-from worker.engine.forecast import LONG, UNIT, Lengths
+from worker.engine.forecast import LONG, UNIT, JobLengths
 from worker.engine.interface import EngineRequest
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Sequence
@@ -50,29 +50,31 @@ def test_forced_lengths_are_foreseen_exactly(admission: Any) -> None:
     assert made.most == H100 // 12
 
 
-def test_where_all_seats_fit_all_are_taken(admission: Any) -> None:
+def test_where_all_fit_max_sequences_run(admission: Any) -> None:
     made = admission.run(admission.Job([512] * 1100, [256] * 1100, 256), H200)
     assert (made.preemptions, made.most) == (0, 1024)
 
 
-@pytest.mark.parametrize("apart", [True, False])
-def test_a_generous_limit_keeps_few_out(apart: bool, admission: Any) -> None:
-    """What outputs may be says little; what they were says enough."""
+@pytest.mark.parametrize("separate_prefill", [True, False])
+def test_a_generous_limit_keeps_few_out(separate_prefill: bool, admission: Any) -> None:
+    """The limit of an output says little of its length; earlier outputs say enough."""
     rng = random.Random(2)
     outputs = [max(1, int(rng.lognormvariate(5, 0.8))) for _ in range(1500)]
     job = admission.Job([200] * 1500, outputs, 8192)
-    made = admission.run(job, H100 // 4, seats=512, budget=2048, apart=apart)
+    made = admission.run(
+        job, H100 // 4, max_sequences=512, budget=2048, separate_prefill=separate_prefill
+    )
     assert made.recomputed <= 0.02
     # On average they hold 5.4 blocks, and 327 would be all that fit.
     assert made.most >= 0.8 * H100 // 4 / 5.4
 
 
 def test_outputs_that_get_longer_are_learned(admission: Any) -> None:
-    """Six times as long from some place on, which nobody can know: it costs once."""
+    """Six times as long from one row on, which no history tells: it costs preemptions once."""
     preempted = []
     for more in (800, 1600):
         job = admission.Job([300] * (800 + more), [60] * 800 + [400] * more, 1024)
-        made = admission.run(job, H100 // 4, seats=512, budget=4096)
+        made = admission.run(job, H100 // 4, max_sequences=512, budget=4096)
         preempted.append(made.preemptions)
     assert 0 < preempted[1] <= 1.1 * preempted[0]
 
@@ -94,7 +96,7 @@ def scheduled(*sequences: Sequence, blocks: int, size: int = 16) -> Scheduler:
     return made
 
 
-def test_nobody_is_admitted_beyond_what_all_may_need() -> None:
+def test_admission_stops_at_what_all_may_need() -> None:
     """Three blocks at the end, one now: three of them fit."""
     made = scheduled(*(sequence(order, 16, 32) for order in range(9)), blocks=9)
     assert len(made.plan().spans) == 3
@@ -111,13 +113,13 @@ def test_what_is_shared_counts_once() -> None:
     made = scheduled(*(sequence(order, 161, 15, head=160) for order in range(8)), blocks=18)
     assert len(made.plan().spans) == 8
     for each in made.running:
-        assert made.blocks.shared(each) == 10
-    apart = scheduled(*(sequence(order, 161, 15) for order in range(8)), blocks=25)
-    assert len(apart.plan().spans) == 2
+        assert made.blocks.num_shared(each) == 10
+    unshared = scheduled(*(sequence(order, 161, 15) for order in range(8)), blocks=25)
+    assert len(unshared.plan().spans) == 2
 
 
 def test_ends_at_different_times_are_foreseen() -> None:
-    """Who is about to end makes room before the others have grown."""
+    """Sequences that are about to end free blocks before the others have grown."""
     old = [sequence(order, 16, 33) for order in range(4)]
     made = scheduled(*old, blocks=12)
     made.advance(made.plan())
@@ -135,24 +137,26 @@ def test_ends_at_different_times_are_foreseen() -> None:
     assert made.blocks.available == 2
 
 
-def test_what_one_job_was_tells_nothing_of_another() -> None:
+def test_each_job_has_its_own_history() -> None:
     def admitted(job: str) -> int:
         made = scheduled(*(sequence(order, 16, 160, job=job) for order in range(40)), blocks=44)
         for _ in range(200):
-            made.outputs.of("short").add(20, stopped=True)
+            made.length_history.of("short").add(20, stopped=True)
         return len(made.plan().spans)
 
     assert admitted("long") == 4
     assert admitted("short") >= 3 * admitted("long")
 
 
-def test_preemption_raises_the_margin_and_ends_lower_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preemption_raises_the_margin_and_ended_sequences_lower_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made = scheduled(*(sequence(order, 16, 160) for order in range(40)), blocks=44)
     for _ in range(200):
-        made.outputs.of("").add(20, stopped=True)
+        made.length_history.of("").add(20, stopped=True)
     careful = len(made.plan().spans)
     monkeypatch.setattr(made.blocks, "extend", lambda sequence, length: False)
-    made._make_room(made.running[0], 10_000)
+    made._allocate_or_preempt(made.running[0], 10_000)
     assert made.preemptions == careful
     monkeypatch.undo()
     made._margin = 0.0
@@ -161,19 +165,19 @@ def test_preemption_raises_the_margin_and_ends_lower_it(monkeypatch: pytest.Monk
         made.running.append(each[1])
     for _ in range(2):
         made.plan()
-    assert made._margin == pytest.approx(2 * scheduler_module._STEP)
+    assert made._margin == pytest.approx(2 * scheduler_module._MARGIN_GROWTH)
     made.remove(made.running)
-    assert 0 < made._margin < 2 * scheduler_module._STEP
+    assert 0 < made._margin < 2 * scheduler_module._MARGIN_GROWTH
     # And a margin keeps some out.
     monkeypatch.undo()
     with_margin = scheduled(*(sequence(order, 16, 160) for order in range(40)), blocks=44)
     for _ in range(200):
-        with_margin.outputs.of("").add(20, stopped=True)
+        with_margin.length_history.of("").add(20, stopped=True)
     with_margin._margin = 0.3
     assert len(with_margin.plan().spans) < careful
 
 
-def test_where_blocks_are_plenty_nothing_is_reckoned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_blocks_are_plenty_nothing_is_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*given: Any, **more: Any) -> Any:
         raise AssertionError("a forecast")
 
@@ -182,86 +186,86 @@ def test_where_blocks_are_plenty_nothing_is_reckoned(monkeypatch: pytest.MonkeyP
     assert len(made.plan().spans) == 20
 
 
-def test_who_waits_for_blocks_is_looked_at_again_when_somebody_ends(
+def test_admission_is_retried_only_when_a_sequence_has_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = scheduled(*(sequence(order, 16, 32) for order in range(9)), blocks=9)
     made.advance(made.plan())
     for each in made.running:
         each.token_ids.append(1)
-    looked: list[Sequence] = []
+    tried: list[Sequence] = []
     match = made.blocks.match
 
     def watched(each: Sequence) -> Any:
-        looked.append(each)
+        tried.append(each)
         return match(each)
 
     monkeypatch.setattr(made.blocks, "match", watched)
     assert len(made.plan().spans) == 3
-    assert not looked
+    assert not tried
     made.remove(made.running[:1])
     assert len(made.plan().spans) == 3
-    assert looked
-    # One that goes before is looked at too.
-    looked.clear()
+    assert tried
+    # One of a higher priority is tried at once.
+    tried.clear()
     urgent = Sequence(EngineRequest((1,), SamplingParams(), (0,), 1, priority=3), 0, 99)
     made.add(urgent)
     made.plan()
-    assert looked[0] is urgent
+    assert tried[0] is urgent
 
 
-# What outputs tell.
+# The estimate from lengths.
 
 
-def chances(lengths: Lengths, *at: int) -> list[float]:
-    return [float(chance) for chance in lengths.reaching(np.array(at))]
+def chances(lengths: JobLengths, *at: int) -> list[float]:
+    return [float(chance) for chance in lengths.survival(np.array(at))]
 
 
-def test_of_an_unknown_job_all_is_expected() -> None:
-    lengths = Lengths()
-    lengths.learn(np.array([], np.int64))
+def test_an_unknown_job_is_taken_to_be_long() -> None:
+    lengths = JobLengths()
+    lengths.update(np.array([], np.int64))
     assert chances(lengths, 0, 100, LONG) == [1, 1, 1]
     assert chances(lengths, 2 * LONG) == [pytest.approx(np.exp(-1))]
 
 
-def test_those_that_run_still_and_those_cut_short_say_how_long_it_goes_on() -> None:
-    lengths = Lengths()
+def test_running_and_cut_outputs_count_as_censored() -> None:
+    lengths = JobLengths()
     for _ in range(10):
         lengths.add(20, stopped=True)
         lengths.add(60, stopped=False)
-    lengths.learn(np.array([100] * 20))
+    lengths.update(np.array([100] * 20))
     # 10 of 40 stopped in the second unit, and none after.
     assert chances(lengths, 0, UNIT, 2 * UNIT, 5 * UNIT) == pytest.approx(
         [1, 1, 0.75, 0.75], abs=0.01
     )
-    lengths.learn(np.array([3]))
+    lengths.update(np.array([3]))
     assert chances(lengths, 2 * UNIT) == pytest.approx([0.5], abs=0.03)
 
 
 def test_old_outputs_fade() -> None:
-    lengths = Lengths()
+    lengths = JobLengths()
     for _ in range(5000):
         lengths.add(20, stopped=True)
     for _ in range(1500):
         lengths.add(300, stopped=True)
-    lengths.learn(np.array([], np.int64))
+    lengths.update(np.array([], np.int64))
     assert chances(lengths, 100)[0] > 0.85
     assert chances(lengths, 400)[0] < 0.01
 
 
-def test_the_engine_learns_from_outputs_that_are_whole(batch_engines: Any) -> None:
+def test_the_engine_records_lengths_of_whole_outputs_alone(batch_engines: Any) -> None:
     engine: BatchEngine = batch_engines()
-    learned: list[int] = []
-    ended = engine.scheduler.ended
+    recorded: list[int] = []
+    record_length = engine.scheduler.record_length
 
     def watched(sequence: Sequence) -> None:
-        learned.append(sequence.generated)
-        ended(sequence)
+        recorded.append(sequence.generated)
+        record_length(sequence)
 
-    engine.scheduler.ended = watched  # type: ignore[method-assign]
+    engine.scheduler.record_length = watched  # type: ignore[method-assign]
     long = engine.add(ask(max_new_tokens=200))
     assert wait(engine.add(ask(max_new_tokens=5))).finish_reason == "length"
     engine.abort([long])
     assert wait(engine.add(ask(max_new_tokens=3))).finish_reason == "length"
     check(engine)
-    assert learned == [5, 3]
+    assert recorded == [5, 3]

@@ -26,13 +26,15 @@ GIB = 1 << 30
 def build(model: Any, kernels: Path) -> Iterator[Callable[..., Engine]]:
     made: list[Engine] = []
 
-    def make(given: Any = model, *, available: int = GIB, **options: Any) -> Engine:
+    def make(
+        given: Any = model, *, available: int = GIB, device: str = "cpu", **options: Any
+    ) -> Engine:
         folder = options.pop("library_folder", kernels)
         engine = build_engine(
             copy.deepcopy(given),
             vocab_size=VOCAB,
             context_length=256,
-            device=torch.device("cpu"),
+            device=torch.device(device),
             available=available,
             library_folder=folder,
             options=EngineOptions(**options),
@@ -51,7 +53,7 @@ def test_the_kernels_are_the_first_choice(
 ) -> None:
     with caplog.at_level(logging.INFO):
         engine = build(max_batch=5, budget=9, threads=1)
-    assert engine.name == "kernels"
+    assert engine.name == "cpu"
     said = caplog.records[-1].message
     assert "5 sequences at once, 9 rows a step, 1 threads" in said
     assert len(tokens(engine, ask())[0]) == 12
@@ -74,7 +76,28 @@ def test_without_a_compiler_plain_torch_computes_the_same(
     assert "nightherd doctor" in warnings[0]
     assert tokens(engine, ask(temperature=1.0)) == wanted
     with pytest.raises(CheckpointError, match="kernels cannot be used"):
-        build(kind="kernels", library_folder=tmp_path / "none")
+        build(kind="cpu", library_folder=tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        *((name, name) for name in ("cpu", "torch", "transformers")),
+        *(("kernels", "cpu"), ("generate", "transformers")),
+    ],
+)
+def test_each_setting_has_its_engine(setting: str, name: str, build: Callable[..., Engine]) -> None:
+    """`kernels` and `generate` are old spellings."""
+    engine = build(kind=setting)
+    assert engine.name == name
+    assert len(tokens(engine, ask())[0]) == 12
+
+
+def test_the_engine_of_another_device_is_refused(build: Callable[..., Engine]) -> None:
+    with pytest.raises(CheckpointError, match="cuda does not run on the device cpu"):
+        build(kind="cuda")
+    with pytest.raises(CheckpointError, match="cpu does not run on the device cuda:0"):
+        build(kind="cpu", device="cuda:0")
 
 
 @pytest.mark.parametrize(
@@ -102,11 +125,11 @@ def test_an_architecture_that_is_not_covered(
     model: Any = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
     model.config.max_position_embeddings = 256
     engine = build(model)
-    assert engine.name == "generate"
+    assert engine.name == "transformers"
     assert "gpt2" in caplog.text
     assert len(tokens(engine, ask())[0]) == 12
     with pytest.raises(CheckpointError, match="does not cover"):
-        build(model, kind="kernels")
+        build(model, kind="cpu")
 
 
 def test_a_window_of_attention_is_not_covered(
@@ -116,7 +139,7 @@ def test_a_window_of_attention_is_not_covered(
 
     sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    for window, name in ((64, "generate"), (None, "kernels")):
+    for window, name in ((64, "transformers"), (None, "cpu")):
         config = MistralConfig(**sizes, **heads, sliding_window=window)
         model: Any = MistralForCausalLM(config).eval()
         assert build(model).name == name
@@ -184,14 +207,14 @@ def test_what_was_bfloat16_for_the_kernels_is_float32_without_them(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Plain torch and `generate` take many times as long in bfloat16 on a CPU that lacks it."""
+    """Plain torch and transformers take many times as long in bfloat16 on a CPU that lacks it."""
     narrow = copy.deepcopy(model).bfloat16()
     wanted = tokens(build(copy.deepcopy(narrow).float(), kind="torch"), ask())
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setitem(sys.modules, "ziglang", None)
     with caplog.at_level(logging.INFO):
-        for kind in ("auto", "generate"):
+        for kind in ("auto", "transformers"):
             caplog.clear()
             engine = build(narrow, kind=kind, widen=True, library_folder=tmp_path / "none")
             assert "computes in float32" in caplog.text

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from nightherd.settings import Settings
-from worker.engine import build, cuda_memory
+from worker.engine import build
+from worker.engine.cuda import memory
 
 FOUR_FIFTHS = 0.8
 
@@ -18,10 +19,10 @@ def said(name: str) -> str:
     ("name", "words"),
     [
         ("max_batch", f"{build.CPU_SEQUENCES} on a CPU, {build.CUDA_SEQUENCES} on a GPU, "),
-        ("max_batch", f"{build.PLAIN_SEQUENCES} with generate"),
+        ("max_batch", f"{build.PLAIN_SEQUENCES} with `transformers`"),
         ("token_budget", f"{build.CPU_BUDGET} on a CPU, {build.CUDA_BUDGET} on a GPU"),
-        ("kv_memory", f"{cuda_memory.SHARE:.0%}".replace("%", " % of the card less")),
-        ("kv_memory", f"at most {build._CPU_MOST >> 30} GiB"),
+        ("kv_memory", f"{memory.GPU_MEMORY_UTILIZATION:.0%}".replace("%", " % of the card less")),
+        ("kv_memory", f"at most {build._CPU_MAX >> 30} GiB"),
     ],
 )
 def test_a_setting_says_its_default(name: str, words: str) -> None:

@@ -1,4 +1,4 @@
-"""The batch engine: the same tokens in any company, and faults that harm nobody else."""
+"""The batch engine: batch invariance, and faults that fail their own requests alone."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.checkpoints import tiny_llama
-from tests.engines import PROMPTS, VOCAB, ask, careless, check, tokens, wait
+from tests.engines import PROMPTS, VOCAB, admit_freely, ask, check, tokens, wait
 from tests.worker.engine.test_tokens import MIXED
-from worker.engine.cpu_level import levels_here
+from worker.engine.cpu.level import levels_here
 from worker.engine.engine import BatchEngine
 from worker.engine.interface import EngineRequest, Grammar
-from worker.engine.reference import GenerateEngine
+from worker.engine.transformers.transformers_engine import TransformersEngine
 
 Make = Callable[..., BatchEngine]
 KINDS = (*levels_here(), "torch")
@@ -34,11 +34,11 @@ KINDS = (*levels_here(), "torch")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_samples_what_the_reference_samples(
-    kind: str, batch_engines: Make, generate_engines: Callable[..., GenerateEngine]
+    kind: str, batch_engines: Make, transformers_engines: Callable[..., TransformersEngine]
 ) -> None:
-    requests = [ask(PROMPTS[place % len(PROMPTS)], **given) for place, given in enumerate(MIXED)]
+    requests = [ask(PROMPTS[index % len(PROMPTS)], **given) for index, given in enumerate(MIXED)]
     ours = tokens(batch_engines(kind=kind), *requests)
-    assert ours == tokens(generate_engines(), *requests)
+    assert ours == tokens(transformers_engines(), *requests)
     assert len(set(ours)) > 10
 
 
@@ -97,9 +97,9 @@ def agree(model: Any, make: Make, name: str) -> int:
         with torch.inference_mode():
             logits = model(torch.tensor([[*prompt, *row]])).logits[0, len(prompt) - 1 : -1]
         best = logits.argmax(-1).tolist()
-        for place, token in enumerate(row):
-            if token != best[place]:
-                assert float(logits[place].max() - logits[place, token]) < 1e-4
+        for index, token in enumerate(row):
+            if token != best[index]:
+                assert float(logits[index].max() - logits[index, token]) < 1e-4
                 parted += 1
                 break
     # Sharp enough that a wrong computation would show.
@@ -156,7 +156,7 @@ def test_bfloat16_is_as_near_to_float32_as_transformers(
 ) -> None:
     """Teacher-forced: the errors of the likeliest tokens' logprobs after each part of a text."""
     model = tiny_llama(**shape).bfloat16()
-    ids = [2 + place * 37 % (VOCAB - 2) for place in range(70)]
+    ids = [2 + index * 37 % (VOCAB - 2) for index in range(70)]
     with torch.no_grad():
         theirs = model(torch.tensor([ids])).logits[0, :, :VOCAB].float().log_softmax(-1)
         wide = copy.deepcopy(model).float()
@@ -164,12 +164,12 @@ def test_bfloat16_is_as_near_to_float32_as_transformers(
     engine = batch_engines(model=model, kind=level)
     requests = [ask(ids[: end + 1], max_new_tokens=1, logprobs=20) for end in range(len(ids))]
     errors: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for place, future in enumerate(engine.add(request).futures[0] for request in requests):
+    for index, future in enumerate(engine.add(request).futures[0] for request in requests):
         (found,) = future.result(20).logprobs
         for top in found.top:
-            wanted = float(exact[place, top.token_id])
+            wanted = float(exact[index, top.token_id])
             errors["ours"].append(top.logprob - wanted)
-            errors["theirs"].append(float(theirs[place, top.token_id]) - wanted)
+            errors["theirs"].append(float(theirs[index, top.token_id]) - wanted)
     ours, limit = (torch.tensor(errors[name]).pow(2).mean().sqrt() for name in ("ours", "theirs"))
     assert limit > 0
     assert ours <= 1.5 * limit, (ours, limit)
@@ -184,7 +184,7 @@ def sharp(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("level", levels_here())
-def test_company_changes_nothing(level: str, sharp: Any, batch_engines: Make) -> None:
+def test_tokens_are_batch_invariant(level: str, sharp: Any, batch_engines: Make) -> None:
     """Alone, with others, in pieces, after preemption, by one thread or two, cached or not."""
     batch_engines = functools.partial(batch_engines, kind=level)
     alone: dict[int, tuple[int, ...]] = {}
@@ -192,52 +192,52 @@ def test_company_changes_nothing(level: str, sharp: Any, batch_engines: Make) ->
     beginning = tuple(range(50, 120))
     pool = [
         ask(
-            (*beginning[: place % 3 * 35], *PROMPTS[place % len(PROMPTS)], place + 2),
-            max_new_tokens=4 + place % 20,
-            seeds=(place,),
-            **MIXED[place % 10],
+            (*beginning[: index % 3 * 35], *PROMPTS[index % len(PROMPTS)], index + 2),
+            max_new_tokens=4 + index % 20,
+            seeds=(index,),
+            **MIXED[index % 10],
         )
-        for place in range(64)
+        for index in range(64)
     ]
 
-    def wanted(place: int) -> tuple[int, ...]:
-        if place not in alone:
-            (alone[place],) = tokens(reference, pool[place])
-        return alone[place]
+    def wanted(index: int) -> tuple[int, ...]:
+        if index not in alone:
+            (alone[index],) = tokens(reference, pool[index])
+        return alone[index]
 
     everything = batch_engines(model=sharp, max_batch=64, budget=256)
-    assert tokens(everything, *pool) == [wanted(place) for place in range(64)]
+    assert tokens(everything, *pool) == [wanted(index) for index in range(64)]
 
     @settings(
         max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
     )
     @given(
-        places=st.lists(st.integers(0, 63), min_size=2, max_size=24),
+        indices=st.lists(st.integers(0, 63), min_size=2, max_size=24),
         max_batch=st.integers(1, 24),
         budget=st.integers(24, 200),
         blocks=st.integers(9, 40),
         threads=st.integers(1, 3),
         prefix_cache=st.booleans(),
-        foresees=st.booleans(),
+        forecasts=st.booleans(),
     )
-    def company(places: list[int], foresees: bool, **given: Any) -> None:
+    def in_other_batches(indices: list[int], forecasts: bool, **given: Any) -> None:
         engine = batch_engines(model=sharp, **given)
-        if not foresees:
-            careless(engine.scheduler)
-        assert tokens(engine, *[pool[place] for place in places]) == [
-            wanted(place) for place in places
+        if not forecasts:
+            admit_freely(engine.scheduler)
+        assert tokens(engine, *[pool[index] for index in indices]) == [
+            wanted(index) for index in indices
         ]
         check(engine)
         engine.stop()
 
-    company()
+    in_other_batches()
 
 
 def test_preemption_happens_and_changes_nothing(batch_engines: Make) -> None:
-    requests = [ask((3, 10 + place), max_new_tokens=60, temperature=1.0) for place in range(12)]
+    requests = [ask((3, 10 + index), max_new_tokens=60, temperature=1.0) for index in range(12)]
     wanted = tokens(batch_engines(), *requests)
     tight = batch_engines(blocks=9)
-    careless(tight.scheduler)
+    admit_freely(tight.scheduler)
     assert tokens(tight, *requests) == wanted
     assert tight.scheduler.preemptions > 0
     check(tight)
@@ -293,13 +293,13 @@ def test_twenty_thousand_small_requests_leave_nothing_behind(
     engine = batch_engines(model=model, max_batch=64, budget=256, blocks=80)
 
     def run(count: int) -> None:
-        generations = [
+        handles = [
             engine.add(
-                ask((3 + place % 90, place % 401), max_new_tokens=1 + place % 3, seeds=(place,))
+                ask((3 + index % 90, index % 401), max_new_tokens=1 + index % 3, seeds=(index,))
             )
-            for place in range(count)
+            for index in range(count)
         ]
-        assert {wait(generation).finish_reason for generation in generations} == {"length"}
+        assert {wait(handle).finish_reason for handle in handles} == {"length"}
 
     run(2_000)
     gc.collect()

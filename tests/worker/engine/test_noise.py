@@ -27,7 +27,7 @@ def test_samples_follow_the_softmax() -> None:
 
 
 def test_rare_tokens_are_drawn_as_often_as_they_should_be() -> None:
-    noise = uniform_noise([noise_key(1, place) for place in range(60)], 100_000, CPU)
+    noise = uniform_noise([noise_key(1, index) for index in range(60)], 100_000, CPU)
     assert float(noise.min()) > 0
     assert float(noise.max()) < 1
     assert torch.isfinite(gumbel_noise([noise_key(1, 1)], 100_000, CPU)).all()
@@ -40,9 +40,9 @@ def test_noise_depends_on_nothing_else() -> None:
     keys = [noise_key(seed, position) for seed in (0, 1, 2**63 - 1) for position in (0, 1, 1000)]
     assert len(set(keys)) == 9
     together = uniform_noise(keys, 777, CPU)
-    for place, key in enumerate(keys):
-        assert torch.equal(uniform_noise([key], 777, CPU)[0], together[place])
-        assert torch.equal(uniform_noise([key], 300, CPU)[0], together[place, :300])
+    for index, key in enumerate(keys):
+        assert torch.equal(uniform_noise([key], 777, CPU)[0], together[index])
+        assert torch.equal(uniform_noise([key], 300, CPU)[0], together[index, :300])
     # Fixed for good: results of earlier versions must stay reproducible.
     assert noise_key(0, 0) == 12035550249420947055
     assert noise_key(123, 45) == 9196711849553635773

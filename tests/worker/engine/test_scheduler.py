@@ -5,21 +5,21 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from collections.abc import Sequence as Many
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nightherd.params import SamplingParams
-from tests.engines import careless
+from tests.engines import admit_freely
 from worker.engine.block_manager import BlockManager
 from worker.engine.interface import EngineRequest
-from worker.engine.scheduler import Plan, Scheduler
+from worker.engine.scheduler import Scheduler, StepPlan
 from worker.engine.sequence import Sequence
 
 
-def make(order: int, prompt: Many[int], priority: int = 0, max_new_tokens: int = 8) -> Sequence:
+def make(order: int, prompt: Iterable[int], priority: int = 0, max_new_tokens: int = 8) -> Sequence:
     request = EngineRequest(
         prompt_token_ids=tuple(prompt),
         params=SamplingParams(),
@@ -35,25 +35,25 @@ class Cache:
 
     def __init__(self, blocks: BlockManager) -> None:
         self.size = blocks.block_size
-        self.slots: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.content: dict[tuple[int, int], tuple[int, ...]] = {}
 
-    def run(self, plan: Plan) -> None:
+    def run(self, plan: StepPlan) -> None:
         """Writes all rows, then reads what each of them attends to, as a step does."""
         for span in plan.spans:
             for position in range(span.start, span.start + span.count):
                 history = tuple(span.sequence.token_ids[: position + 1])
-                self.slots[self._slot(span.sequence, position)] = history
+                self.content[self._key(span.sequence, position)] = history
         for span in plan.spans:
             tokens = span.sequence.token_ids
             for position in range(span.start + span.count):
-                stored = self.slots.get(self._slot(span.sequence, position))
+                stored = self.content.get(self._key(span.sequence, position))
                 assert stored == tuple(tokens[: position + 1]), (span, position)
 
-    def _slot(self, sequence: Sequence, position: int) -> tuple[int, int]:
+    def _key(self, sequence: Sequence, position: int) -> tuple[int, int]:
         return sequence.block_ids[position // self.size], position % self.size
 
 
-def next_token(token_ids: Many[int]) -> int:
+def next_token(token_ids: Iterable[int]) -> int:
     """What the 'model' says: a pure function of the tokens."""
     return hash(tuple(token_ids)) % 5
 
@@ -108,12 +108,12 @@ def test_any_mix_generates_what_each_would_alone(
     max_sequences: int,
     more_budget: int,
     prefix_cache: bool,
-    foresees: bool,
+    forecasts: bool,
 ) -> None:
     manager = BlockManager(blocks, block_size, prefix_cache=prefix_cache)
     scheduler = Scheduler(manager, max_sequences=max_sequences, budget=max_sequences + more_budget)
-    if not foresees:
-        careless(scheduler)
+    if not forecasts:
+        admit_freely(scheduler)
     all_of_them = [
         make(order, prompt, priority, count) for order, (prompt, priority, count) in enumerate(mix)
     ]
@@ -167,7 +167,7 @@ def test_a_common_beginning_is_computed_once_even_within_one_step() -> None:
 def test_the_newest_is_preempted_and_keeps_what_it_generated() -> None:
     manager = BlockManager(4, 2)
     scheduler = Scheduler(manager, max_sequences=2, budget=8)
-    careless(scheduler)
+    admit_freely(scheduler)
     old, new = make(0, [1, 2, 3]), make(1, [4])
     scheduler.add(old)
     scheduler.add(new)

@@ -16,19 +16,19 @@ from nightherd.params import SamplingParams
 from nightherd.text import PROMPT_TAIL, TextProcessor
 from tests.checkpoints import tiny_llama, write_text_files
 from tests.engines import PROMPTS, VOCAB, ask, tokens, wait
-from worker.detokenizer import StopStringCheck, to_result
-from worker.engine.cpu_level import levels_here
-from worker.engine.interface import Engine, Generation
-from worker.engine.reference_logits import BatchLogits, Row
+from worker.engine.cpu.level import levels_here
+from worker.engine.interface import Engine, RequestHandle
+from worker.engine.transformers.batch_logits import BatchLogits, BatchRow
+from worker.text.detokenizer import StopStringCheck, to_result
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=["generate", *levels_here(), "torch"])
+@pytest.fixture(params=["transformers", *levels_here(), "torch"])
 def engines(request: pytest.FixtureRequest) -> Callable[..., Engine]:
     """All engines in turn: they must choose the same tokens."""
-    if request.param == "generate":
-        plain_engines: Callable[..., Engine] = request.getfixturevalue("generate_engines")
+    if request.param == "transformers":
+        plain_engines: Callable[..., Engine] = request.getfixturevalue("transformers_engines")
         return plain_engines
     made: Callable[..., Engine] = request.getfixturevalue("batch_engines")
     return functools.partial(made, kind=request.param)
@@ -49,7 +49,7 @@ def plain(model: Any, prompt: Sequence[int], count: int, **given: Any) -> tuple[
 
 def test_it_is_an_engine(engine: Engine) -> None:
     typed: Engine = engine
-    assert typed.name in ("generate", "kernels", "torch")
+    assert typed.name in ("transformers", "cpu", "torch")
 
 
 def test_greedy_is_transformers_greedy(model: Any, engines: Callable[..., Engine]) -> None:
@@ -112,7 +112,8 @@ def test_penalties_and_bad_words_are_those_of_transformers(
 
 def test_the_repetition_penalty_spares_the_padding() -> None:
     rows = [
-        Row(Generation(ask(prompt, repetition_penalty=2.0)), 0) for prompt in ((7, 9), (7,) * 6)
+        BatchRow(RequestHandle(ask(prompt, repetition_penalty=2.0)), 0)
+        for prompt in ((7, 9), (7,) * 6)
     ]
     logits = BatchLogits(rows, 6, 20, CPU)
     ids = torch.tensor([[0, 0, 0, 0, 7, 9, 3], [7] * 7])
@@ -141,8 +142,8 @@ MIXED: list[dict[str, Any]] = [
 ]
 
 
-def test_each_row_has_its_own_parameters_whatever_the_company(engine: Engine) -> None:
-    requests = [ask(PROMPTS[place % len(PROMPTS)], **given) for place, given in enumerate(MIXED)]
+def test_each_row_has_its_own_parameters_in_any_batch(engine: Engine) -> None:
+    requests = [ask(PROMPTS[index % len(PROMPTS)], **given) for index, given in enumerate(MIXED)]
     together = tokens(engine, *requests)
     alone = [tokens(engine, request)[0] for request in requests]
     assert together == alone
@@ -165,8 +166,8 @@ def test_seeds_decide(engine: Engine) -> None:
 
 def test_samples_of_a_request_are_as_requests_of_their_seeds(engine: Engine) -> None:
     seeds = (4, 5, 6)
-    generation = engine.add(ask(temperature=1.0, seeds=seeds))
-    outputs = [future.result(20).token_ids for future in generation.futures]
+    handle = engine.add(ask(temperature=1.0, seeds=seeds))
+    outputs = [future.result(20).token_ids for future in handle.futures]
     assert outputs == tokens(engine, *[ask(temperature=1.0, seeds=(seed,)) for seed in seeds])
     assert len(set(outputs)) == 3
 
@@ -175,7 +176,7 @@ def test_presence_and_frequency_count_generated_tokens_alone(engine: Engine) -> 
     """Checked against logits from log-probabilities: token by token, by hand."""
     prompt = PROMPTS[3]
     presence, frequency = 0.8, 0.6
-    generation = engine.add(
+    handle = engine.add(
         ask(
             prompt,
             presence_penalty=presence,
@@ -185,7 +186,7 @@ def test_presence_and_frequency_count_generated_tokens_alone(engine: Engine) -> 
             max_new_tokens=24,
         )
     )
-    output = wait(generation)
+    output = wait(handle)
     assert output.logprobs is not None
     seen: list[int] = []
     for token, position in zip(output.token_ids, output.logprobs, strict=True):
@@ -214,27 +215,27 @@ def test_a_temperature_too_small_to_divide_by_is_greedy(engine: Engine) -> None:
 
 def test_ends(engine: Engine) -> None:
     (free,) = tokens(engine, ask())
-    place = next(i for i in range(3, 12) if free[i] not in free[:i])
-    end = frozenset([free[place]])
+    index = next(i for i in range(3, 12) if free[i] not in free[:i])
+    end = frozenset([free[index]])
     by_eos, by_stop, both = (
-        wait(generation)
-        for generation in [
+        wait(handle)
+        for handle in [
             engine.add(ask(eos_token_ids=end)),
             engine.add(ask(stop_token_ids=end)),
             engine.add(ask(eos_token_ids=end, stop_token_ids=end)),
         ]
     )
     for output in (by_eos, by_stop, both):
-        assert (output.token_ids, output.finish_reason) == (free[:place], "stop")
+        assert (output.token_ids, output.finish_reason) == (free[:index], "stop")
         assert 0 < output.started < output.finished
     assert by_eos.stop_reason is None
     assert both.stop_reason is None
-    assert by_stop.stop_reason == free[place]
+    assert by_stop.stop_reason == free[index]
 
-    long = wait(engine.add(ask(eos_token_ids=end, min_tokens=place + 1)))
-    assert long.token_ids[:place] == free[:place]
-    assert len(long.token_ids) > place
-    assert long.token_ids[place] != free[place]
+    long = wait(engine.add(ask(eos_token_ids=end, min_tokens=index + 1)))
+    assert long.token_ids[:index] == free[:index]
+    assert len(long.token_ids) > index
+    assert long.token_ids[index] != free[index]
 
 
 def test_an_end_that_the_vocabulary_lacks_never_comes(
@@ -290,8 +291,8 @@ def test_a_stop_check_is_fed_every_token_and_ends(engine: Engine) -> None:
 
         return check
 
-    generation = engine.add(ask(temperature=1.0, seeds=(1, 2), make_stop_check=make))
-    outputs = [future.result(20) for future in generation.futures]
+    handle = engine.add(ask(temperature=1.0, seeds=(1, 2), make_stop_check=make))
+    outputs = [future.result(20) for future in handle.futures]
     assert [list(output.token_ids) for output in outputs] == fed
     for output in outputs:
         assert (len(output.token_ids), output.finish_reason, output.stop_reason) == (
@@ -308,13 +309,13 @@ def test_logprobs(model: Any, engine: Engine) -> None:
     with torch.inference_mode():
         logits = model(ids).logits[0, len(PROMPTS[1]) - 1 : -1, :VOCAB]
     raw = logits.log_softmax(-1)
-    for place, (token, position) in enumerate(zip(output.token_ids, output.logprobs, strict=True)):
+    for index, (token, position) in enumerate(zip(output.token_ids, output.logprobs, strict=True)):
         assert position.chosen.token_id == token
-        assert position.chosen.logprob == pytest.approx(float(raw[place, token]), abs=1e-3)
+        assert position.chosen.logprob == pytest.approx(float(raw[index, token]), abs=1e-3)
         assert len(position.top) == 5
         values = [each.logprob for each in position.top]
         assert values == sorted(values, reverse=True)
-        assert position.top[0].token_id == int(raw[place].argmax())
+        assert position.top[0].token_id == int(raw[index].argmax())
 
     none, zero = (wait(engine.add(ask(logprobs=count))) for count in (None, 0))
     assert none.logprobs is None

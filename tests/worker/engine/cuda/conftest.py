@@ -24,10 +24,10 @@ if DEVICE.type == "cpu":
         if name.partition(".")[0] == "triton" and not name.startswith("triton._C"):
             del sys.modules[name]
 triton = pytest.importorskip("triton")
-import worker.engine.triton_kernels.attention  # noqa: E402
-import worker.engine.triton_kernels.layers  # noqa: E402
-import worker.engine.triton_kernels.prefill  # noqa: E402
-import worker.engine.triton_kernels.sampling  # noqa: E402,F401
+import worker.engine.cuda.kernels.attention  # noqa: E402
+import worker.engine.cuda.kernels.layers  # noqa: E402
+import worker.engine.cuda.kernels.prefill  # noqa: E402
+import worker.engine.cuda.kernels.sampling  # noqa: E402,F401
 
 if DEVICE.type == "cpu":
     del os.environ["TRITON_INTERPRET"]

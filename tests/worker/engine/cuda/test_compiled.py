@@ -41,25 +41,25 @@ def test_the_kernels_compile_for_a_card(version: str | None, tmp_path: Path) -> 
     lines = {line.split()[1]: line for line in made.stdout.splitlines()}
     assert lines.keys() >= {
         "_decode",
-        "_join",
+        "_merge_splits",
         "_attend_prefixes",
         "_attend_prefill",
         "_rotate_and_write",
         "_rms_norm",
         "_silu_mul",
-        "_narrow",
+        "_top_k_top_p",
         "_sample",
         "_mask",
     }
     for name, line in lines.items():
         assert " 0 stack" in line, line
-        assert name in ("_mask", "_join") or re.search(r"'(ld|cp.async) 16'", line), line
+        assert name in ("_mask", "_merge_splits") or re.search(r"'(ld|cp.async) 16'", line), line
     assert "mma" in lines["_decode"]
     assert "'cp.async 16'" in lines["_decode"]
     for name in ("_attend_prefixes", "_attend_prefill"):
         assert "wgmma" in lines[name], lines[name]
     # Several programs on each multiprocessor hide each other's waiting.
-    for name, least in (("_decode", 4), ("_narrow", 4), ("_sample", 3)):
+    for name, least in (("_decode", 4), ("_top_k_top_p", 4), ("_sample", 3)):
         resident = re.search(r"(\d+) resident", lines[name])
         assert resident is not None
         assert int(resident[1]) >= least, lines[name]

@@ -12,19 +12,20 @@ import torch
 
 from tests.checkpoints import tiny_llama
 from tests.engines import PROMPTS, VOCAB, ask, tokens, wait
-from tests.worker.engine.test_torch_runner import LONG, MODELS, generated
-from worker.engine import cuda_runner, cuda_step
+from tests.worker.engine.torch.test_torch_runner import LONG, MODELS, generated
 from worker.engine.block_manager import BlockManager
-from worker.engine.cuda_graphs import GraphCache, Step
-from worker.engine.cuda_kernels import fused_kernels
-from worker.engine.cuda_runner import CudaRunner
-from worker.engine.cuda_step import Layout, bucket, buckets, pack, parameters_of
+from worker.engine.cuda import cuda_runner
+from worker.engine.cuda import step as cuda_step
+from worker.engine.cuda.cuda_runner import CudaRunner
+from worker.engine.cuda.graphs import GraphCache, Step
+from worker.engine.cuda.kernel_selection import fused_kernels
+from worker.engine.cuda.kernels import attention, prefix, reference
+from worker.engine.cuda.step import Layout, bucket, buckets, pack, parameters_of
 from worker.engine.engine import BatchEngine
-from worker.engine.runner import AheadRunner
-from worker.engine.scheduler import Plan, Scheduler, Span
+from worker.engine.runner import AsyncRunner
+from worker.engine.scheduler import Scheduler, Span, StepPlan
 from worker.engine.sequence import Sequence
-from worker.engine.torch_runner import TorchRunner
-from worker.engine.triton_kernels import attention, prefix, reference
+from worker.engine.torch.torch_runner import TorchRunner
 
 
 def fake_capture(step: Step) -> Step:
@@ -60,7 +61,9 @@ def started() -> Iterator[Any]:
 
     def start(runner: Any, *, max_sequences: int = 16, budget: int = 64) -> BatchEngine:
         manager = BlockManager(runner.num_blocks, runner.block_size)
-        scheduler = Scheduler(manager, max_sequences=max_sequences, budget=budget, apart=True)
+        scheduler = Scheduler(
+            manager, max_sequences=max_sequences, budget=budget, separate_prefill=True
+        )
         engine = BatchEngine(runner, scheduler, 256)
         made.append(engine)
         engine.start()
@@ -78,7 +81,7 @@ def test_greedy_is_transformers_greedy(name: str, started: Any) -> None:
     prompts = [*PROMPTS, LONG]
     wanted = generated(model, prompts, 32)
     runner = runner_of(model)
-    assert isinstance(runner, AheadRunner)
+    assert isinstance(runner, AsyncRunner)
     engine = started(runner)
     assert tokens(engine, *(ask(prompt, max_new_tokens=32) for prompt in prompts)) == [
         tuple(row) for row in wanted
@@ -104,7 +107,7 @@ def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_long_contexts_among_short_ones(fused: bool, started: Any) -> None:
     prompts, count = [PROMPTS[1], LONG, PROMPTS[0]], 70
-    if fused:  # which is slow
+    if fused:  # which is by_torch
         prompts, count = [PROMPTS[0], LONG[:70]], 3
     wanted = generated(tiny_llama(), prompts, count)
     runner = runner_of(tiny_llama(), kernels=fused_kernels() if fused else reference)
@@ -112,11 +115,11 @@ def test_long_contexts_among_short_ones(fused: bool, started: Any) -> None:
     got = tokens(engine, *(ask(prompt, max_new_tokens=count) for prompt in prompts))
     assert got == [tuple(row) for row in wanted]
     sizes = [size[0] for size in runner._graphs._uses]
-    assert 12 in {layout.items for layout in sizes}
+    assert 12 in {layout.splits for layout in sizes}
 
 
 @pytest.mark.usefixtures("short_splits")
-def test_parts_that_would_take_too_much_memory_are_made_in_turns(
+def test_parts_that_would_take_too_much_memory_are_made_in_passes(
     started: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where steps are cut depends on their rows: no graph may keep it."""
@@ -130,7 +133,7 @@ def test_parts_that_would_take_too_much_memory_are_made_in_turns(
     assert not runner._graphs._uses
 
 
-GIVEN: list[dict[str, Any]] = [
+KERNEL_PARAMS: list[dict[str, Any]] = [
     {},
     {"temperature": 1.0},
     {"temperature": 1.5, "top_p": 0.8},
@@ -138,7 +141,7 @@ GIVEN: list[dict[str, Any]] = [
     {"temperature": 0.7, "min_p": 0.02},
     {"temperature": 0.9, "top_k": 20, "top_p": 0.9},
 ]
-SLOW: list[dict[str, Any]] = [
+TORCH_PARAMS: list[dict[str, Any]] = [
     {"temperature": 1.0, "repetition_penalty": 1.3},
     {"temperature": 0.7, "frequency_penalty": 0.5},
     {"logprobs": 3},
@@ -148,19 +151,21 @@ SLOW: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("slow", [False, True])
-def test_samples_are_those_of_the_plain_runner(slow: bool, started: Any) -> None:
-    """In other company, other chunks, with few blocks: the same seeds choose the same tokens."""
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_samples_are_those_of_the_torch_runner(by_torch: bool, started: Any) -> None:
+    """In other batches, other chunks of prefills, with few blocks: the same seeds give the same
+    tokens."""
     rng = random.Random(5)
     prefix = rng.choices(range(VOCAB), k=70)
+    kinds = TORCH_PARAMS + KERNEL_PARAMS if by_torch else KERNEL_PARAMS
     requests = [
         ask(
-            (*(prefix if place % 3 else ()), *rng.choices(range(VOCAB), k=length)),
-            seeds=(place,),
+            (*(prefix if index % 3 else ()), *rng.choices(range(VOCAB), k=length)),
+            seeds=(index,),
             max_new_tokens=20,
-            **(SLOW + GIVEN if slow else GIVEN)[place % (12 if slow else 6)],
+            **kinds[index % len(kinds)],
         )
-        for place, length in enumerate([3, 40, 70, 17, 120, 1] * 2)
+        for index, length in enumerate([3, 40, 70, 17, 120, 1] * 2)
     ]
     plain = TorchRunner(tiny_llama(), vocab_size=VOCAB, num_blocks=128)
     wanted = tokens(started(plain), *requests)
@@ -179,8 +184,8 @@ def test_logits_that_are_not_finite_fail_their_own_sample(started: Any) -> None:
     assert wait(engine.add(ask((3, 5, 4)))).token_ids == wait(good).token_ids
 
 
-class Event:
-    """Of a copy that is under way until somebody waits for it."""
+class FakeEvent:
+    """Of a copy that has not ended until `synchronize`."""
 
     def __init__(self) -> None:
         self.waited, self.under_way = 0, False
@@ -196,22 +201,22 @@ class Event:
 def test_a_step_is_not_packed_over_one_that_is_being_copied(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nobody waits for steps that choose nothing, such as those of a long prompt."""
+    """The engine does not wait for steps that sample nothing, such as those of a long prompt."""
     runner = runner_of(tiny_llama())
-    packed = cuda_step.pack
-    for stage in runner._stages:
-        stage.sent = Event()
+    pack_step = cuda_step.pack
+    for buffer in runner._host_buffers:
+        buffer.uploaded = FakeEvent()
 
     def watched(array: Any, *given: Any) -> int:
-        stage = next(stage for stage in runner._stages if stage.array is array)
-        assert not stage.sent.under_way
-        return packed(array, *given)
+        buffer = next(buffer for buffer in runner._host_buffers if buffer.array is array)
+        assert not buffer.uploaded.under_way
+        return pack_step(array, *given)
 
     monkeypatch.setattr(cuda_step, "pack", watched)
     one = sequence(90, blocks=2)
     for start in range(0, 80, 20):
-        runner.launch(Plan([Span(one, start, 20)]))
-    assert [stage.sent.waited for stage in runner._stages] == [1, 1]
+        runner.launch(StepPlan([Span(one, start, 20)]))
+    assert [buffer.uploaded.waited for buffer in runner._host_buffers] == [1, 1]
 
 
 def test_a_graph_keeps_no_logits(started: Any) -> None:
@@ -225,9 +230,9 @@ def test_a_graph_keeps_no_logits(started: Any) -> None:
     runner = runner_of(tiny_llama())
     runner._graphs = GraphCache(capture)
     engine = started(runner)
-    for slow in ({}, {"logprobs": 1}):
+    for by_torch in ({}, {"logprobs": 1}):
         for count in (1, 2, 3):
-            prompts = [ask((3, 5, place), max_new_tokens=8, **slow) for place in range(count)]
+            prompts = [ask((3, 5, index), max_new_tokens=8, **by_torch) for index in range(count)]
             tokens(engine, *prompts)
     assert len(kept) >= 4
     memory = {result.untyped_storage().data_ptr() for result in kept}
@@ -244,7 +249,7 @@ def test_a_graph_keeps_no_logits(started: Any) -> None:
 def sequence(length: int, known: int | None = None, blocks: int = 0) -> Sequence:
     made = Sequence(ask(tuple(range(2, 2 + length)), temperature=0.5, top_k=9), 0, 0)
     if known is not None:
-        made.ahead = length - known
+        made.num_unresolved = length - known
         del made.token_ids[known:]
     made.block_ids = list(range(blocks))
     return made
@@ -266,7 +271,7 @@ def test_a_step_is_packed_into_one_array() -> None:
     assert views["ends"].tolist()[:2] == [3, 4]
     # How many were generated before, the unknown one included.
     assert second.generated == 0
-    assert views["places"].tolist() == [0, 0, 0]
+    assert views["indices"].tolist() == [0, 0, 0]
     assert views["parameters"][2].view(np.float32).tolist() == [0.5, 0.5, 0.0]
     assert views["parameters"][3].tolist() == [9, 9, 0]
     assert views["blocks"][: used - layout.size].tolist() == [0, 1, 0, 9]
@@ -293,8 +298,8 @@ def test_buckets() -> None:
 
 def test_decoding_steps_are_told_from_others() -> None:
     one, two = sequence(5), sequence(9)
-    assert cuda_step.decodes(Plan([Span(one, 4, 1), Span(two, 8, 1)]))
-    assert not cuda_step.decodes(Plan([Span(one, 3, 1)]))
-    assert not cuda_step.decodes(Plan([Span(one, 3, 2)]))
-    spans, long = cuda_step.ordered(Plan([Span(one, 4, 1), Span(two, 0, 9)]))
+    assert cuda_step.only_decodes(StepPlan([Span(one, 4, 1), Span(two, 8, 1)]))
+    assert not cuda_step.only_decodes(StepPlan([Span(one, 3, 1)]))
+    assert not cuda_step.only_decodes(StepPlan([Span(one, 3, 2)]))
+    spans, long = cuda_step.long_spans_first(StepPlan([Span(one, 4, 1), Span(two, 0, 9)]))
     assert ([span.sequence for span in spans], long) == ([two, one], 1)

@@ -1,4 +1,4 @@
-"""Whose tokens the kernel chooses, and what the sampler of all parameters takes for the others."""
+"""Which sequences the kernel samples, and how torch's sampler samples the others."""
 
 from __future__ import annotations
 
@@ -13,21 +13,26 @@ import torch
 from nightherd.params import SamplingParams
 from tests.checkpoints import tiny_llama
 from tests.engines import VOCAB, ask
-from tests.worker.engine.cuda.test_cuda_runner import GIVEN, SLOW, runner_of, started
-from worker.engine import cuda_runner, cuda_step
+from tests.worker.engine.cuda.test_cuda_runner import (
+    KERNEL_PARAMS,
+    TORCH_PARAMS,
+    runner_of,
+    started,
+)
+from worker.engine.cuda import cuda_runner, step
 from worker.engine.interface import EngineRequest, Output
 from worker.engine.runner import Choices
-from worker.engine.sampler import Sampler
 from worker.engine.sequence import Sequence
-from worker.engine.torch_runner import TorchRunner
+from worker.engine.torch.sampler import Sampler
+from worker.engine.torch.torch_runner import TorchRunner
 
 __all__ = ["started"]
 
-# Who is plain.
+# Which sequences the kernel can sample.
 
 
 class Newer(SamplingParams):
-    """With a parameter that nobody has told the kernel of."""
+    """With a parameter that the kernel does not know."""
 
     xtc_probability: float = 0.0
     """Drop the likeliest tokens, sometimes."""
@@ -38,7 +43,7 @@ class NewerRequest(EngineRequest):
     prefix: tuple[int, ...] = ()
 
 
-SLOW_PARAMS: dict[str, Any] = {
+TORCH_PARAM_VALUES: dict[str, Any] = {
     "min_tokens": 3,
     "repetition_penalty": 1.1,
     "presence_penalty": -0.5,
@@ -48,7 +53,7 @@ SLOW_PARAMS: dict[str, Any] = {
     "bad_words": ("sea",),
     "allowed_token_ids": (3, 4),
 }
-PLAIN_PARAMS: dict[str, Any] = {
+KERNEL_PARAM_VALUES: dict[str, Any] = {
     "max_tokens": 7,
     "max_length": 90,
     "temperature": 0.0,
@@ -64,12 +69,12 @@ PLAIN_PARAMS: dict[str, Any] = {
     "include_stop_str_in_output": True,
     "truncate_prompt_tokens": 4,
     "add_special_tokens": False,
-    # A format other than text makes a grammar, which is looked at itself.
+    # A format other than text makes a grammar, which is checked by itself.
     "response_format": {"type": "text"},
     "structured_outputs": {"regex": "a+"},
 }
-SLOW_FIELDS: dict[str, Any] = {"bad_words": ((3, 4),), "make_grammar": lambda: None}
-PLAIN_FIELDS: dict[str, Any] = {
+TORCH_FIELD_VALUES: dict[str, Any] = {"bad_words": ((3, 4),), "make_grammar": lambda: None}
+KERNEL_FIELD_VALUES: dict[str, Any] = {
     "prompt_token_ids": (9, 9),
     "params": SamplingParams(temperature=0.3),
     "seeds": (77,),
@@ -82,81 +87,88 @@ PLAIN_FIELDS: dict[str, Any] = {
 }
 
 
-def is_plain(request: EngineRequest) -> bool:
-    return cuda_step.plain(Sequence(request, 0, 0))
+def is_gpu_samplable(request: EngineRequest) -> bool:
+    return step.gpu_samplable(Sequence(request, 0, 0))
 
 
 def with_params(params: SamplingParams) -> EngineRequest:
     return dataclasses.replace(ask(), params=params)
 
 
-def test_it_is_known_of_each_field_whether_the_kernel_honours_it() -> None:
-    """A new one: say it here, and in `cuda_step` if it does."""
-    assert set(SamplingParams.model_fields) == SLOW_PARAMS.keys() | PLAIN_PARAMS.keys()
+def test_each_field_is_listed_as_honoured_by_the_kernel_or_not() -> None:
+    """List a new one here, and in `cuda.step` if the kernel honours it."""
+    assert (
+        set(SamplingParams.model_fields) == TORCH_PARAM_VALUES.keys() | KERNEL_PARAM_VALUES.keys()
+    )
     fields = {field.name for field in dataclasses.fields(EngineRequest)}
-    assert fields == SLOW_FIELDS.keys() | PLAIN_FIELDS.keys()
+    assert fields == TORCH_FIELD_VALUES.keys() | KERNEL_FIELD_VALUES.keys()
 
 
 @pytest.mark.parametrize("kind", [SamplingParams, Newer])
 @pytest.mark.parametrize("name", SamplingParams.model_fields)
-def test_a_parameter_that_the_kernel_does_not_know_goes_another_way(
+def test_torch_samples_where_a_parameter_is_not_the_kernels(
     name: str, kind: type[SamplingParams]
 ) -> None:
-    value = {**SLOW_PARAMS, **PLAIN_PARAMS}[name]
+    value = {**TORCH_PARAM_VALUES, **KERNEL_PARAM_VALUES}[name]
     assert kind().model_dump()[name] != value
-    assert is_plain(with_params(kind.model_validate({name: value}))) == (name in PLAIN_PARAMS)
+    assert is_gpu_samplable(with_params(kind.model_validate({name: value}))) == (
+        name in KERNEL_PARAM_VALUES
+    )
 
 
 @pytest.mark.parametrize("kind", [EngineRequest, NewerRequest])
-@pytest.mark.parametrize("name", [*SLOW_FIELDS, *PLAIN_FIELDS])
-def test_a_field_that_the_kernel_does_not_know_goes_another_way(
+@pytest.mark.parametrize("name", [*TORCH_FIELD_VALUES, *KERNEL_FIELD_VALUES])
+def test_torch_samples_where_a_field_is_not_the_kernels(
     name: str, kind: type[EngineRequest]
 ) -> None:
     usual = ask()
     given = {each.name: getattr(usual, each.name) for each in dataclasses.fields(usual)}
-    value = {**SLOW_FIELDS, **PLAIN_FIELDS}[name]
+    value = {**TORCH_FIELD_VALUES, **KERNEL_FIELD_VALUES}[name]
     assert given[name] != value
-    assert is_plain(kind(**{**given, name: value})) == (name in PLAIN_FIELDS)
+    assert is_gpu_samplable(kind(**{**given, name: value})) == (name in KERNEL_FIELD_VALUES)
 
 
-def test_a_new_field_goes_another_way() -> None:
-    assert is_plain(with_params(Newer()))
-    assert not is_plain(with_params(Newer(xtc_probability=0.5)))
+def test_torch_samples_where_a_new_field_is_set() -> None:
+    assert is_gpu_samplable(with_params(Newer()))
+    assert not is_gpu_samplable(with_params(Newer(xtc_probability=0.5)))
     given = {"prompt_token_ids": (3,), "params": Newer(), "seeds": (1,), "max_new_tokens": 5}
-    assert is_plain(NewerRequest(**given))
-    assert not is_plain(NewerRequest(**given, prefix=(4,)))
+    assert is_gpu_samplable(NewerRequest(**given))
+    assert not is_gpu_samplable(NewerRequest(**given, prefix=(4,)))
 
 
-def test_a_grammar_goes_another_way() -> None:
+def test_torch_samples_with_a_grammar() -> None:
     sequence = Sequence(ask(), 0, 0)
-    assert cuda_step.plain(sequence)
+    assert step.gpu_samplable(sequence)
     sequence.grammar = object()  # type: ignore[assignment]
-    assert not cuda_step.plain(sequence)
+    assert not step.gpu_samplable(sequence)
 
 
-# The sampler of all parameters, a part of the rows at a time.
+# Torch's sampler, some rows at a time.
 
 
 def outputs(engine: Any, requests: list[EngineRequest]) -> list[Output]:
-    generations = [engine.add(request) for request in requests]
-    return [generation.futures[0].result(30) for generation in generations]
+    handles = [engine.add(request) for request in requests]
+    return [handle.futures[0].result(30) for handle in handles]
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 16])
-def test_it_looks_at_few_rows_at_a_time(
-    at_once: int, started: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("rows_at_a_time", [1, 3, 16])
+def test_torch_samples_some_rows_at_a_time(
+    rows_at_a_time: int, started: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens and log-probabilities are those of all rows at once, each with its own sequence."""
-    monkeypatch.setattr(cuda_runner, "CHOSEN_AT_ONCE", at_once)
+    monkeypatch.setattr(cuda_runner, "ROWS_PER_SAMPLER", rows_at_a_time)
     rng = random.Random(2)
     requests = [
         ask(
-            rng.choices(range(VOCAB), k=3 + 5 * (place % 4)),
-            seeds=(place,),
-            max_new_tokens=6 + place % 5,
-            **{**(GIVEN + SLOW)[place % 12], **({"logprobs": place % 4} if place % 3 else {})},
+            rng.choices(range(VOCAB), k=3 + 5 * (index % 4)),
+            seeds=(index,),
+            max_new_tokens=6 + index % 5,
+            **{
+                **(KERNEL_PARAMS + TORCH_PARAMS)[index % 12],
+                **({"logprobs": index % 4} if index % 3 else {}),
+            },
         )
-        for place in range(14)
+        for index in range(14)
     ]
     plain = TorchRunner(tiny_llama(), vocab_size=VOCAB, num_blocks=128)
     wanted = outputs(started(plain), requests)
@@ -174,7 +186,7 @@ def test_it_looks_at_few_rows_at_a_time(
     runner = runner_of(tiny_llama())
     engine = started(runner)
     got = outputs(engine, requests)
-    assert widest == min(at_once, 14)
+    assert widest == min(rows_at_a_time, 14)
     for mine, theirs in zip(got, wanted, strict=True):
         assert (mine.token_ids, mine.finish_reason) == (theirs.token_ids, theirs.finish_reason)
         assert (mine.logprobs is None) == (theirs.logprobs is None)
@@ -186,6 +198,6 @@ def test_it_looks_at_few_rows_at_a_time(
     assert not any(sampler._batch.sequences for sampler in runner._samplers)
 
 
-def test_its_rows_are_few_enough_for_a_card() -> None:
-    """What it widens to float32 at a time, of a vocabulary of 128k tokens."""
-    assert cuda_runner.CHOSEN_AT_ONCE * 128_256 * 4 < 70 << 20
+def test_float32_logits_of_some_rows_fit_on_a_card() -> None:
+    """Those that are sampled at a time, of a vocabulary of 128k tokens."""
+    assert cuda_runner.ROWS_PER_SAMPLER * 128_256 * 4 < 70 << 20

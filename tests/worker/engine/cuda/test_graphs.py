@@ -15,9 +15,10 @@ import torch
 
 from tests.checkpoints import tiny_llama
 from tests.worker.engine.cuda.test_cuda_runner import runner_of
-from worker.engine import cuda_graphs, cuda_memory
-from worker.engine.cuda_graphs import EAGER_USES, GraphCache, Step
-from worker.engine.requests import out_of_memory
+from worker.engine.cuda import graphs as cuda_graphs
+from worker.engine.cuda import memory
+from worker.engine.cuda.graphs import EAGER_USES, GraphCache, Step
+from worker.engine.validation import out_of_memory
 
 
 def step() -> torch.Tensor:
@@ -69,7 +70,7 @@ def test_a_lack_of_memory_costs_one_graph_for_a_while(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cuda_graphs, "CALM_USES", 5)
+    monkeypatch.setattr(cuda_graphs, "RETRY_USES", 5)
     lacking = [True]
 
     def capture(step: Step) -> Step:
@@ -109,7 +110,7 @@ def test_a_graph_that_failed_is_gone_before_its_step_runs() -> None:
     assert len(failed) == 1
 
 
-def test_without_graphs_it_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_graphs_steps_run_eagerly(caplog: pytest.LogCaptureFixture) -> None:
     def capture(step: Step) -> Step:
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -170,7 +171,7 @@ def counting(step: Step) -> Step:
 def test_only_so_many_graphs_are_kept(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", 3, raising=False)
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 3, raising=False)
     monkeypatch.setattr(cuda_graphs, "IDLE_RUNS", 20, raising=False)
     graphs = GraphCache(counting)
     with caplog.at_level(logging.WARNING, "nightherd.engine"):
@@ -191,7 +192,7 @@ def test_only_so_many_graphs_are_kept(
 
 
 def test_as_many_graphs_as_have_memory_set_aside() -> None:
-    assert cuda_memory._GRAPHS == cuda_graphs.MOST_GRAPHS * cuda_graphs.GRAPH_BYTES == 512 << 20
+    assert memory._GRAPHS_BYTES == cuda_graphs.MAX_GRAPHS * cuda_graphs.GRAPH_BYTES == 512 << 20
 
 
 # What a capture leaves behind.

@@ -1,4 +1,4 @@
-"""Which rows of a step share their beginning, and what the runner for CUDA makes of it."""
+"""Which rows of a step have a common prefix, and what the runner for CUDA makes of it."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import tiny_llama
-from tests.engines import VOCAB, ask, careless
+from tests.engines import VOCAB, admit_freely, ask
 from tests.worker.engine.cuda.test_cuda_runner import fake_capture
-from worker.engine import cuda_groups
 from worker.engine.block_manager import BlockManager
-from worker.engine.cuda_groups import Groups, PrefixIndex, padded_tiles
-from worker.engine.cuda_kernels import fused_kernels
-from worker.engine.cuda_runner import CudaRunner
-from worker.engine.cuda_step import Layout, pack
+from worker.engine.cuda import groups as cuda_groups
+from worker.engine.cuda.cuda_runner import CudaRunner
+from worker.engine.cuda.groups import Groups, PrefixIndex, padded_tiles
+from worker.engine.cuda.kernel_selection import fused_kernels
+from worker.engine.cuda.kernels import reference
+from worker.engine.cuda.step import Layout, pack
 from worker.engine.engine import BatchEngine
 from worker.engine.scheduler import Scheduler, Span
 from worker.engine.sequence import Sequence
-from worker.engine.triton_kernels import reference
 
 BLOCK = 64
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups that no card would gain by."""
-    monkeypatch.setattr(cuda_groups, "LEAST_ROWS", 3)
-    monkeypatch.setattr(cuda_groups, "LEAST_BLOCKS", 1)
-    monkeypatch.setattr(cuda_groups, "LEAST_SAVED", 1)
+    """The limits are so low that the tests' small groups are built."""
+    monkeypatch.setattr(cuda_groups, "MIN_GROUP_ROWS", 3)
+    monkeypatch.setattr(cuda_groups, "MIN_SHARED_BLOCKS", 1)
+    monkeypatch.setattr(cuda_groups, "MIN_SAVED_BYTES", 1)
 
 
-def index(heads_per_kv_head: int = 32) -> PrefixIndex:
-    """Of two rows a tile, unless it is said otherwise."""
+def make_index(heads_per_kv_head: int = 32) -> PrefixIndex:
+    """With two rows a tile, unless `heads_per_kv_head` is given."""
     return PrefixIndex(block=BLOCK, heads_per_kv_head=heads_per_kv_head, block_bytes=1 << 20)
 
 
-def decoding(chain: list[int], own: int = 5) -> Sequence:
-    """With known blocks, and some positions beyond them."""
-    made = Sequence(ask((2,) * (BLOCK * len(chain) + own)), 0, 0)
-    made.chain = list(chain)
+def decoding_sequence(prefix_ids: list[int], own: int = 5) -> Sequence:
+    """A sequence of such blocks, and `own` positions after them."""
+    made = Sequence(ask((2,) * (BLOCK * len(prefix_ids) + own)), 0, 0)
+    made.prefix_ids = list(prefix_ids)
     made.computed = made.length - 1
     return made
 
 
-def told(groups: Groups | None, rows: int) -> list[tuple[int, list[int]]]:
-    """(common blocks, rows) of each group, the tiles of a leader put together."""
+def rows_by_group(groups: Groups | None, rows: int) -> list[tuple[int, list[int]]]:
+    """(common blocks, rows) of each group, put together from its tiles."""
     found: dict[tuple[int, int], list[int]] = {}
     shared = np.zeros(rows, np.int32)
     for begin, count, leader, blocks in groups.tiles.tolist() if groups else ():
@@ -63,61 +63,61 @@ def told(groups: Groups | None, rows: int) -> list[tuple[int, list[int]]]:
     return sorted((blocks, members) for (_, blocks), members in found.items())
 
 
-def plainly(paths: list[list[int]], least: int) -> list[tuple[int, list[int]]]:
-    """The same by looking at all rows anew."""
+def expected_groups(paths: list[list[int]], least: int) -> list[tuple[int, list[int]]]:
+    """What `rows_by_group` should give, from the prefix ids of all rows."""
     ends: dict[int, list[int]] = {}
     for row, path in enumerate(paths):
-        wide = [chain for chain in path if sum(chain in other for other in paths) >= least]
+        wide = [each for each in path if sum(each in other for other in paths) >= least]
         if wide:
             ends.setdefault(wide[-1], []).append(row)
-    depth = {chain: at for path in paths for at, chain in enumerate(path, 1)}
+    depth = {prefix_id: at for path in paths for at, prefix_id in enumerate(path, 1)}
     return sorted((depth[end], rows) for end, rows in ends.items() if len(rows) >= least)
 
 
 @pytest.mark.usefixtures("small")
-def test_rows_join_the_longest_beginning_that_enough_have() -> None:
+def test_rows_join_the_longest_prefix_that_enough_have() -> None:
     system = [1, 2]
     sequences = [
-        *(decoding([*system, 3, 4]) for _ in range(5)),
-        *(decoding([*system, 5, 6 + place]) for place in range(2)),
-        decoding([30, 31]),
-        decoding(system),
-        decoding([*system, 3]),
-        decoding([]),
+        *(decoding_sequence([*system, 3, 4]) for _ in range(5)),
+        *(decoding_sequence([*system, 5, 6 + index]) for index in range(2)),
+        decoding_sequence([30, 31]),
+        decoding_sequence(system),
+        decoding_sequence([*system, 3]),
+        decoding_sequence([]),
     ]
-    groups = index().groups(sequences)
+    groups = make_index().groups(sequences)
     assert groups is not None
-    assert told(groups, 11) == [(2, [5, 6, 8]), (4, [0, 1, 2, 3, 4])]
+    assert rows_by_group(groups, 11) == [(2, [5, 6, 8]), (4, [0, 1, 2, 3, 4])]
     assert groups.tiles[:, 1].tolist() == [2, 1, 2, 2, 1]
 
 
 @pytest.mark.usefixtures("small")
-def test_the_row_itself_is_never_in_common() -> None:
+def test_the_rows_own_block_is_never_in_common() -> None:
     """One that fills its last block in this step still reads that block as its own."""
-    sequences = [decoding([1, 2], own=0) for _ in range(3)]
-    assert told(index().groups(sequences), 3) == [(1, [0, 1, 2])]
+    sequences = [decoding_sequence([1, 2], own=0) for _ in range(3)]
+    assert rows_by_group(make_index().groups(sequences), 3) == [(1, [0, 1, 2])]
 
 
 def test_groups_must_be_worth_it() -> None:
-    rows, blocks = cuda_groups.LEAST_ROWS, cuda_groups.LEAST_BLOCKS
+    rows, blocks = cuda_groups.MIN_GROUP_ROWS, cuda_groups.MIN_SHARED_BLOCKS
     path = list(range(1, blocks + 1))
-    bytes_ = cuda_groups.LEAST_SAVED // ((rows - 1) * blocks)
+    bytes_ = cuda_groups.MIN_SAVED_BYTES // ((rows - 1) * blocks)
 
     def found(sequences: list[Sequence], block_bytes: int = bytes_ + 1) -> Groups | None:
         made = PrefixIndex(block=BLOCK, heads_per_kv_head=4, block_bytes=block_bytes)
         return made.groups(sequences)
 
-    assert told(found([decoding(path) for _ in range(rows)]), rows)
-    assert found([decoding(path) for _ in range(rows - 1)]) is None
-    assert found([decoding(path[:-1]) for _ in range(rows)]) is None
-    assert found([decoding(path) for _ in range(rows)], bytes_ - 1) is None
+    assert rows_by_group(found([decoding_sequence(path) for _ in range(rows)]), rows)
+    assert found([decoding_sequence(path) for _ in range(rows - 1)]) is None
+    assert found([decoding_sequence(path[:-1]) for _ in range(rows)]) is None
+    assert found([decoding_sequence(path) for _ in range(rows)], bytes_ - 1) is None
 
 
 @pytest.mark.usefixtures("small")
-def test_what_is_found_follows_who_runs() -> None:
+def test_groups_follow_the_running_sequences() -> None:
     """Sequences come and go in any order, as they are preempted and end; no count is left."""
     rng = random.Random(2)
-    made = index(heads_per_kv_head=4)
+    made = make_index(heads_per_kv_head=4)
     running: list[Sequence] = []
     away: list[Sequence] = []
     paths: dict[int, list[int]] = {}
@@ -129,7 +129,7 @@ def test_what_is_found_follows_who_runs() -> None:
             for _ in range(rng.choice([0, 1, 2, 4])):
                 node = 3 * node + rng.choice([1, 1, 1, 2, 3])
                 path.append(node)
-            running.append(decoding(path))
+            running.append(decoding_sequence(path))
             paths[id(running[-1])] = path
         rng.shuffle(away)
         while away and rng.random() < 0.3:
@@ -141,13 +141,13 @@ def test_what_is_found_follows_who_runs() -> None:
             else:
                 made.forget(gone)
         for sequence in running:
-            sequence.chain.append(-rng.randrange(1, 1 << 30))  # what it generates
+            sequence.prefix_ids.append(-rng.randrange(1, 1 << 30))  # what it generates
         groups = made.groups(running)
-        wanted = plainly([paths[id(sequence)] for sequence in running], 3)
+        wanted = expected_groups([paths[id(sequence)] for sequence in running], 3)
         if not away:  # else they may be counted where they are not
-            assert told(groups, len(running)) == wanted
+            assert rows_by_group(groups, len(running)) == wanted
             seen += len(wanted)
-        for blocks, rows in told(groups, len(running)):
+        for blocks, rows in rows_by_group(groups, len(running)):
             assert len({tuple(paths[id(running[row])][:blocks]) for row in rows}) == 1
     assert seen > 100
     for sequence in running + away:
@@ -155,12 +155,12 @@ def test_what_is_found_follows_who_runs() -> None:
     assert not any((made._users, made._depth, made._label, made._paths))
 
 
-def test_what_does_not_change_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = index()
-    sequences = [decoding([1, 2, 3, 4, 5]) for _ in range(40)]
+def test_the_same_rows_keep_their_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_index()
+    sequences = [decoding_sequence([1, 2, 3, 4, 5]) for _ in range(40)]
     first = made.groups(sequences)
     assert first is not None
-    monkeypatch.setattr(made, "_grouped", lambda rows: None)
+    monkeypatch.setattr(made, "_build", lambda rows: None)
     assert made.groups(list(sequences)) is first
     assert made.groups(sequences[:-1]) is None
 
@@ -169,20 +169,20 @@ def test_tiles_come_in_few_numbers() -> None:
     assert [padded_tiles(tiles) for tiles in (0, 1, 16, 17, 64, 65)] == [0, 16, 16, 32, 64, 128]
     rng = random.Random(4)
     for heads in (1, 3, 4, 8, 64, 71):
-        made = index(heads)
+        made = make_index(heads)
         for rows in (8, 24, 100, 1024):
             sizes, left = [], rows
-            while left >= cuda_groups.LEAST_ROWS:
-                sizes.append(min(left, cuda_groups.LEAST_ROWS + rng.choice([0, 1, 9, 60])))
+            while left >= cuda_groups.MIN_GROUP_ROWS:
+                sizes.append(min(left, cuda_groups.MIN_GROUP_ROWS + rng.choice([0, 1, 9, 60])))
                 left -= sizes[-1]
             tiles = sum(-(-size // made.rows_per_tile) for size in sizes)
-            assert padded_tiles(tiles) <= made.most_tiles(rows)
+            assert padded_tiles(tiles) <= made.max_tiles(rows)
 
 
 def test_a_step_with_groups_is_packed_into_one_array() -> None:
-    sequences = [decoding([1]), decoding([2]), decoding([1])]
-    for place, sequence in enumerate(sequences):
-        sequence.block_ids = [10 + place, 20 + place]
+    sequences = [decoding_sequence([1]), decoding_sequence([2]), decoding_sequence([1])]
+    for index, sequence in enumerate(sequences):
+        sequence.block_ids = [10 + index, 20 + index]
     groups = Groups(
         np.array([[0, 2, 0, 1]], np.int32),
         np.array([0, 2, 1], np.int32),
@@ -207,7 +207,7 @@ def test_a_step_with_groups_is_packed_into_one_array() -> None:
 # In the runner.
 
 
-def answers(kernels: Any, requests: list[Any], rounds: int = 1, **given: Any) -> list[Any]:
+def run_engine(kernels: Any, requests: list[Any], rounds: int = 1, **given: Any) -> list[Any]:
     """Tokens of all samples, and the graph sizes that ran."""
     runner = CudaRunner(
         tiny_llama(),
@@ -220,16 +220,18 @@ def answers(kernels: Any, requests: list[Any], rounds: int = 1, **given: Any) ->
     )
     runner.make_cache(given.get("blocks", 80))
     manager = BlockManager(runner.num_blocks, BLOCK)
-    scheduler = Scheduler(manager, max_sequences=runner._max_sequences, budget=256, apart=True)
-    careless(scheduler)
+    scheduler = Scheduler(
+        manager, max_sequences=runner._max_sequences, budget=256, separate_prefill=True
+    )
+    admit_freely(scheduler)
     engine = BatchEngine(runner, scheduler, 256)
     engine.start()
     try:
         outputs = []
         for _ in range(rounds):
-            generations = [engine.add(request) for request in requests]
-            for generation in generations:
-                for future in generation.futures:
+            handles = [engine.add(request) for request in requests]
+            for handle in handles:
+                for future in handle.futures:
                     output = future.result(timeout=60)
                     assert output.finish_reason == "length", output
                     outputs.append(output.token_ids)
@@ -240,14 +242,14 @@ def answers(kernels: Any, requests: list[Any], rounds: int = 1, **given: Any) ->
     return [outputs, {size[0].tiles for size in runner._graphs._uses}, scheduler.preemptions]
 
 
-def requests(lengths: list[int], samples: int, out: int) -> list[Any]:
+def make_requests(lengths: list[int], samples: int, out: int) -> list[Any]:
     rng = random.Random(8)
     asked = []
-    for place, length in enumerate(lengths):
+    for index, length in enumerate(lengths):
         given: dict[str, Any] = [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9}][
-            (place + 1) % 3
+            (index + 1) % 3
         ]
-        seeds = tuple(range(place, place + (samples if place % 3 else 1)))
+        seeds = tuple(range(index, index + (samples if index % 3 else 1)))
         asked.append(
             ask(rng.choices(range(VOCAB), k=length), seeds=seeds, max_new_tokens=out, **given)
         )
@@ -256,46 +258,46 @@ def requests(lengths: list[int], samples: int, out: int) -> list[Any]:
 
 @pytest.fixture
 def ungrouped(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`answers` of a runner that never groups."""
+    """`run_engine` of a runner that never groups."""
 
     def run(*given: Any, **more: Any) -> list[Any]:
         with monkeypatch.context() as patched:
-            patched.setattr(cuda_groups, "LEAST_ROWS", 1 << 30)
-            return answers(*given, **more)
+            patched.setattr(cuda_groups, "MIN_GROUP_ROWS", 1 << 30)
+            return run_engine(*given, **more)
 
     return run
 
 
 @pytest.mark.usefixtures("small")
 def test_samples_of_a_prompt_are_those_without_groups(ungrouped: Any) -> None:
-    """Lone rows among them, prompts that end at a block and beside it, greedy and sampled."""
-    asked = requests([70, 65, 128, 20, 191, 64], samples=5, out=20)
+    """With rows in no group, prompts that end with a block and within one, greedy and sampled."""
+    asked = make_requests([70, 65, 128, 20, 191, 64], samples=5, out=20)
     wanted, sizes, _ = ungrouped(reference, asked)
     assert sizes == {0}
-    got, sizes, _ = answers(reference, asked)
+    got, sizes, _ = run_engine(reference, asked)
     assert got == wanted
     assert 16 in sizes
 
 
 @pytest.mark.usefixtures("small")
-def test_so_are_requests_that_hit_the_prefix_cache(ungrouped: Any) -> None:
+def test_requests_that_hit_the_prefix_cache_give_the_same_in_groups(ungrouped: Any) -> None:
     """A system prompt, its questions asked twice, with too few blocks for all of them."""
     rng = random.Random(9)
     system = rng.choices(range(VOCAB), k=130)
     asked = [
         ask(
-            (*system, *rng.choices(range(VOCAB), k=1 + 9 * place % 60)),
-            seeds=(place,),
+            (*system, *rng.choices(range(VOCAB), k=1 + 9 * index % 60)),
+            seeds=(index,),
             max_new_tokens=66,
-            temperature=float(place % 2),
-            # Whose choice the graph leaves to others.
-            frequency_penalty=0.5 * (place == 4),
+            temperature=float(index % 2),
+            # The kernel cannot sample this one.
+            frequency_penalty=0.5 * (index == 4),
         )
-        for place in range(9)
+        for index in range(9)
     ]
     more: dict[str, Any] = {"rounds": 2, "max_sequences": 8, "blocks": 11}
     wanted, _, _ = ungrouped(reference, asked, **more)
-    got, sizes, preemptions = answers(reference, asked, **more)
+    got, sizes, preemptions = run_engine(reference, asked, **more)
     assert got == wanted
     assert 16 in sizes
     assert preemptions
@@ -303,8 +305,8 @@ def test_so_are_requests_that_hit_the_prefix_cache(ungrouped: Any) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_the_kernels_themselves_give_the_same_in_groups(ungrouped: Any) -> None:
-    asked = requests([6, 66], samples=3, out=4)
+    asked = make_requests([6, 66], samples=3, out=4)
     wanted, _, _ = ungrouped(reference, asked)
-    got, sizes, _ = answers(fused_kernels(), asked)
+    got, sizes, _ = run_engine(fused_kernels(), asked)
     assert got == wanted
     assert 16 in sizes

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from worker.engine import noise
-from worker.engine.triton_kernels import attention, layers, reference, sampling
-from worker.engine.triton_kernels.reference import Splits
+from worker.engine.cuda.kernels import attention, layers, reference, sampling
+from worker.engine.cuda.kernels.reference import Splits
 
 BLOCK = 64
 SPLIT = reference.SPLIT_BLOCKS * BLOCK
@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
-def near(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
+def assert_close(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
     limit = TOLERANCE[dtype]
     torch.testing.assert_close(got.float(), wanted.float(), rtol=limit, atol=limit)
 
@@ -49,15 +49,17 @@ class Paged:
         self.blocks = torch.tensor(ids, dtype=torch.int32, device=device)
         self.positions = torch.tensor([length - 1 for length in lengths], device=device).int()
         for start, length in zip(self.first.tolist(), lengths, strict=True):
-            for place in range(length):
-                page = ids[start + place // block]
-                self.cache[page, :, :, place % block] = torch.randn(2, kv_heads, head_dim)
+            for position in range(length):
+                page = ids[start + position // block]
+                self.cache[page, :, :, position % block] = torch.randn(2, kv_heads, head_dim)
 
 
-def splits_of(query: torch.Tensor, positions: torch.Tensor, more: int = 0) -> Splits:
+def splits_of(query: torch.Tensor, positions: torch.Tensor, padding: int = 0) -> Splits:
     lengths = (positions + 1).tolist()
     _, heads, dim = query.shape
-    return reference.splits_of(lengths, BLOCK, query.device, heads=heads, head_dim=dim, more=more)
+    return reference.splits_of(
+        lengths, BLOCK, query.device, heads=heads, head_dim=dim, padding=padding
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,26 +70,24 @@ def test_decode_attention(
 ) -> None:
     lengths = LENGTHS if group == 4 else [1, 65, SPLIT + 1]
     paged = Paged([*lengths, 5], 2, head_dim, dtype, device)
-    paged.positions[-1] = -1  # fills up the batch
+    paged.positions[-1] = -1  # padding
     rows = len(lengths) + 1
     # Strided as it is within the joined queries, keys and values.
     query = torch.randn(rows, 2 * (group + 2) * head_dim, device=device).to(dtype)
     query = query[:, : 2 * group * head_dim].view(rows, 2 * group, head_dim)
     given = (query, paged.cache, paged.positions, paged.first, paged.blocks)
-    splits = splits_of(query, paged.positions, more=3)
+    splits = splits_of(query, paged.positions, padding=3)
     lse, wanted_lse = torch.zeros(2, rows, 2 * group, device=device)
     got = attention.decode_attention(*given, splits=splits, lse=lse)
     wanted = reference.decode_attention(*given, splits=splits, lse=wanted_lse)
-    near(got[:-1], wanted[:-1], dtype)
-    near(lse[:-1], wanted_lse[:-1], dtype)
+    assert_close(got[:-1], wanted[:-1], dtype)
+    assert_close(lse[:-1], wanted_lse[:-1], dtype)
     assert got.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_decoding_row_is_the_same_in_any_company(
-    dtype: torch.dtype, device: torch.device
-) -> None:
-    """Bit by bit, among longer ones, and where nothing is joined."""
+def test_decode_attention_is_batch_invariant(dtype: torch.dtype, device: torch.device) -> None:
+    """A row has the same bits among longer ones, and where no splits are merged."""
     paged = Paged([SPLIT - 5, 3 * SPLIT + 1, 70], 2, 64, dtype, device)
     query = torch.randn(3, 8, 64, device=device).to(dtype)
     together = attention.decode_attention(
@@ -96,7 +96,7 @@ def test_a_decoding_row_is_the_same_in_any_company(
         paged.positions,
         paged.first,
         paged.blocks,
-        splits=splits_of(query, paged.positions, more=6),
+        splits=splits_of(query, paged.positions, padding=6),
     )
     for row in range(3):
         one = slice(row, row + 1)
@@ -112,7 +112,7 @@ def test_a_decoding_row_is_the_same_in_any_company(
         assert torch.equal(alone[0], together[row])
 
 
-def test_rows_with_many_splits_go_in_parts(
+def test_rows_with_many_splits_go_in_passes(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paged = Paged([3, SPLIT + 9, 64, 2 * SPLIT, 1], 2, 64, torch.float32, device)
@@ -120,20 +120,20 @@ def test_rows_with_many_splits_go_in_parts(
     given = (query, paged.cache, paged.positions, paged.first, paged.blocks)
     lse, again = torch.zeros(2, 5, 4, device=device)
     splits = splits_of(query, paged.positions)
-    assert splits.cuts == ((5, 7),)
+    assert splits.passes == ((5, 7),)
     whole = attention.decode_attention(*given, splits=splits, lse=lse)
-    for most, cuts in (
+    for most, passes in (
         (3, ((2, 3), (4, 6), (5, 7))),
         (1, ((1, 1), (2, 3), (3, 4), (4, 6), (5, 7))),
     ):
         monkeypatch.setattr(reference, "PARTS_BYTES", most * 4 * 4 * 65)
         splits = splits_of(query, paged.positions)
-        assert splits.cuts == cuts
+        assert splits.passes == passes
         assert torch.equal(attention.decode_attention(*given, splits=splits, lse=again), whole)
         assert torch.equal(lse, again)
 
 
-def test_a_long_context_brings_splits_for_itself_alone(
+def test_a_long_context_adds_only_its_own_splits(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Among many short ones it is one grid, with a program for each split that there is."""
@@ -154,11 +154,11 @@ def test_a_long_context_brings_splits_for_itself_alone(
     given = (query, paged.cache, paged.positions, paged.first, paged.blocks)
     got = attention.decode_attention(*given, splits=splits)
     assert grids == [(90, 1)]
-    near(got, reference.decode_attention(*given, splits=splits), torch.float32)
+    assert_close(got, reference.decode_attention(*given, splits=splits), torch.float32)
 
 
-def test_parts_of_a_context_are_joined_by_their_log_sum_exp(device: torch.device) -> None:
-    """What a shared prefix would be read once for: its part and the own part give the whole."""
+def test_parts_of_a_context_are_merged_by_their_log_sum_exp(device: torch.device) -> None:
+    """As for a common prefix: its part and the row's own part give the whole."""
     shared, length = 2 * BLOCK, 2 * BLOCK + 40
     paged = Paged([length], 2, 64, torch.float32, device)
     query = torch.randn(1, 8, 64, device=device)
@@ -173,8 +173,8 @@ def test_parts_of_a_context_are_joined_by_their_log_sum_exp(device: torch.device
             ).view(8, 64)
         )
     weights = torch.stack(lses[:2]).softmax(0)[:, 0, :, None]
-    near(outs[0] * weights[0] + outs[1] * weights[1], outs[2], torch.float32)
-    near(torch.logaddexp(lses[0], lses[1]), lses[2], torch.float32)
+    assert_close(outs[0] * weights[0] + outs[1] * weights[1], outs[2], torch.float32)
+    assert_close(torch.logaddexp(lses[0], lses[1]), lses[2], torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -182,19 +182,19 @@ def test_parts_of_a_context_are_joined_by_their_log_sum_exp(device: torch.device
 def test_rms_norm(hidden: int, dtype: torch.dtype, device: torch.device) -> None:
     rows, residual = torch.randn(2, 5, hidden, device=device).to(dtype)
     weight = torch.randn(hidden, device=device).to(dtype)
-    near(layers.rms_norm(rows, weight, 1e-5), reference.rms_norm(rows, weight, 1e-5), dtype)
+    assert_close(layers.rms_norm(rows, weight, 1e-5), reference.rms_norm(rows, weight, 1e-5), dtype)
     own, theirs = residual.clone(), residual.clone()
     got = layers.rms_norm(rows, weight, 1e-5, own)
-    near(got, reference.rms_norm(rows, weight, 1e-5, theirs), dtype)
-    # The interpreter cuts bfloat16 off where a card rounds.
-    near(own, theirs, dtype)
+    assert_close(got, reference.rms_norm(rows, weight, 1e-5, theirs), dtype)
+    # The interpreter passes bfloat16 off where a card rounds.
+    assert_close(own, theirs, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [31, 1024, 1500])
 def test_silu_mul(width: int, dtype: torch.dtype, device: torch.device) -> None:
     gate_up = (20 * torch.randn(3, 2 * width, device=device)).to(dtype)
-    near(layers.silu_mul(gate_up), reference.silu_mul(gate_up), dtype)
+    assert_close(layers.silu_mul(gate_up), reference.silu_mul(gate_up), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -239,7 +239,9 @@ def test_rotate_and_write(
     assert cache[page, 1, 1, 0].isfinite().all()
 
 
-def rows_of(device: torch.device, rows: list[dict[str, Any]], vocab: int) -> dict[str, Any]:
+def sample_arguments(
+    device: torch.device, rows: list[dict[str, Any]], vocab: int
+) -> dict[str, Any]:
     """The arguments of `sample` for rows of parameters."""
 
     def column(name: str, default: float, dtype: torch.dtype) -> torch.Tensor:
@@ -254,13 +256,13 @@ def rows_of(device: torch.device, rows: list[dict[str, Any]], vocab: int) -> dic
         "streams": torch.tensor(
             [noise.stream_of(row.get("seed", 7)) for row in rows], dtype=torch.int64, device=device
         ),
-        "places": column("place", 0, torch.int32),
+        "indices": column("index", 0, torch.int32),
         "tokens": torch.full((len(rows),), -1, dtype=torch.int32, device=device),
         "best": torch.zeros(len(rows), device=device),
     }
 
 
-def sampled(module: Any, logits: torch.Tensor, given: dict[str, Any]) -> tuple[Any, Any]:
+def sample_with(module: Any, logits: torch.Tensor, given: dict[str, Any]) -> tuple[Any, Any]:
     own = {**given, "tokens": given["tokens"].clone(), "best": given["best"].clone()}
     module.sample(logits, **own)
     return own["tokens"].tolist(), own["best"].tolist()
@@ -280,37 +282,37 @@ def test_sampling(vocab: int, dtype: torch.dtype, device: torch.device) -> None:
                 "top_p": rng.choice([1.0, 0.9, 0.5, 0.01]),
                 "min_p": rng.choice([0.0, 0.0, 0.05]),
                 "seed": (seed << 40) + seed,
-                "place": rng.choice([0, 1, 1000]),
+                "index": rng.choice([0, 1, 1000]),
             }
         )
     # Wider than the vocabulary: what is beyond it is never chosen.
     logits = (3 * torch.randn(len(rows), vocab + 7, device=device)).to(dtype)
     logits[:, vocab:] = 100
-    given = rows_of(device, rows, vocab)
-    wanted = sampled(reference, logits, given)
-    assert sampled(sampling, logits, given) == wanted
+    given = sample_arguments(device, rows, vocab)
+    wanted = sample_with(reference, logits, given)
+    assert sample_with(sampling, logits, given) == wanted
     assert len(set(wanted[0])) > 5
 
 
 def test_the_noise_is_that_of_the_engine(device: torch.device) -> None:
-    """Flat logits, so that the noise alone decides, for long streams of seeds and places."""
-    rows = [{"seed": seed * 2**31 + 5, "place": seed % 9} for seed in range(60)]
+    """Equal logits, so that the noise alone decides, for large seeds and some indices."""
+    rows = [{"seed": seed * 2**31 + 5, "index": seed % 9} for seed in range(60)]
     logits = torch.zeros(60, 700, device=device)
-    got, _ = sampled(sampling, logits, rows_of(device, rows, 700))
-    keys = [noise.noise_key(row["seed"], row["place"]) for row in rows]
+    got, _ = sample_with(sampling, logits, sample_arguments(device, rows, 700))
+    keys = [noise.noise_key(row["seed"], row["index"]) for row in rows]
     assert got == noise.gumbel_noise(keys, 700, device).argmax(1).tolist()
 
 
 def test_the_noise_decides_over_many_tiles(device: torch.device) -> None:
-    """Most noise is never computed, as it cannot win; whatever could win must be."""
+    """Noise is not computed for most tokens, as they cannot win; all that could must have it."""
     vocab = 5 * sampling._NOISE_TILE + 13
     torch.manual_seed(8)
-    rows = [{"seed": 11 * place, "temperature": [1.0, 1e-4, 3.0][place % 3]} for place in range(9)]
+    rows = [{"seed": 11 * seed, "temperature": [1.0, 1e-4, 3.0][seed % 3]} for seed in range(9)]
     logits = torch.randn(9, vocab, device=device) * 0.5 - 20
     logits[3:6] = logits[3:6].round()
-    given = rows_of(device, rows, vocab)
-    wanted = sampled(reference, logits, given)
-    assert sampled(sampling, logits, given) == wanted
+    given = sample_arguments(device, rows, vocab)
+    wanted = sample_with(reference, logits, given)
+    assert sample_with(sampling, logits, given) == wanted
     assert len({token // sampling._NOISE_TILE for token in wanted[0]}) > 3
 
 
@@ -319,8 +321,8 @@ def test_sampling_without_finite_logits(device: torch.device) -> None:
     logits[0, 3] = torch.nan
     logits[1] = -torch.inf
     logits[2, 4] = torch.inf
-    given = rows_of(device, [{"top_p": 0.5}] * 4, 50)
-    tokens, best = sampled(sampling, logits, given)
+    given = sample_arguments(device, [{"top_p": 0.5}] * 4, 50)
+    tokens, best = sample_with(sampling, logits, given)
     assert best[:3] == [math.inf, -math.inf, math.inf]
     assert math.isfinite(best[3])
     assert all(0 <= token < 50 for token in tokens)
@@ -329,7 +331,9 @@ def test_sampling_without_finite_logits(device: torch.device) -> None:
 def test_ties_go_to_the_lowest_id(device: torch.device) -> None:
     logits = torch.zeros(1, 3000, device=device)
     logits[0, [1100, 20, 2047, 1044]] = 1.0
-    assert sampled(sampling, logits, rows_of(device, [{"temperature": 0.0}], 3000))[0] == [20]
+    assert sample_with(sampling, logits, sample_arguments(device, [{"temperature": 0.0}], 3000))[
+        0
+    ] == [20]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,19 +15,19 @@ from nightherd.errors import CheckpointError
 from tests.checkpoints import tiny_llama
 from tests.engines import PROMPTS, VOCAB, ask, tokens
 from tests.worker.engine.cuda.test_cuda_runner import fake_capture, runner_of, started
-from tests.worker.engine.test_torch_runner import generated
-from worker.engine import cuda_graphs, cuda_memory, cuda_step
-from worker.engine.cuda_kernels import BLOCK
-from worker.engine.cuda_memory import SHARE, Use, measure
-from worker.engine.cuda_runner import CudaRunner
-from worker.engine.scheduler import Plan, Span
+from tests.worker.engine.torch.test_torch_runner import generated
+from worker.engine.cuda import graphs, memory, step
+from worker.engine.cuda.cuda_runner import CudaRunner
+from worker.engine.cuda.kernel_selection import BLOCK
+from worker.engine.cuda.kernels import reference
+from worker.engine.cuda.memory import GPU_MEMORY_UTILIZATION, MemoryProfile, measure
+from worker.engine.scheduler import Span, StepPlan
 from worker.engine.sequence import Sequence
-from worker.engine.triton_kernels import reference
 
 __all__ = ["started"]
 
 CPU = torch.device("cpu")
-LARGEST = ("largest_prefill", "largest_decode", "largest_choose")
+LARGEST = ("largest_prefill", "largest_decode", "largest_sampling")
 
 
 def made(
@@ -46,12 +46,12 @@ def made(
     return runner
 
 
-def plans_of(runner: CudaRunner, monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+def plans_of(runner: CudaRunner, monkeypatch: pytest.MonkeyPatch) -> list[StepPlan]:
     """The steps that a runner computes from now on."""
-    plans: list[Plan] = []
+    plans: list[StepPlan] = []
     launch = runner.launch
 
-    def watched(plan: Plan) -> Any:
+    def watched(plan: StepPlan) -> Any:
         plans.append(plan)
         return launch(plan)
 
@@ -66,7 +66,7 @@ def plans_of(runner: CudaRunner, monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     ("sequences", "rows", "context"),
     [(8, 600, 64), (8, 600, 16), (16, 64, 256), (16, 16, 64), (5, 7, 3), (6, 40, 2), (1, 1, 9)],
 )
-def test_the_largest_steps_are_steps_that_can_be(
+def test_the_largest_steps_are_possible_steps(
     sequences: int, rows: int, context: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = made(sequences=sequences, rows=rows, context=context)
@@ -75,7 +75,7 @@ def test_the_largest_steps_are_steps_that_can_be(
     prefills = len(plans)
     runner.largest_decode()
     decodes = len(plans)
-    runner.largest_choose()
+    runner.largest_sampling()
     for plan in plans:
         assert 1 <= len(plan.spans) <= sequences
         assert plan.rows <= rows
@@ -93,9 +93,11 @@ def test_the_largest_steps_are_steps_that_can_be(
     longest = max(span.count for plan in plans[:prefills] for span in plan.spans)
     assert longest == min(rows, context - 1)
     assert [len(plan.spans) for plan in plans[prefills:decodes]] == [sequences]
-    assert all(map(cuda_step.decodes, plans[prefills:decodes]))
+    assert all(map(step.only_decodes, plans[prefills:decodes]))
     assert max(len(plan.spans) for plan in plans[decodes:]) >= sequences - (rows == sequences)
-    assert not any(runner.runs_ahead(s.sequence) for plan in plans[decodes:] for s in plan.spans)
+    assert not any(
+        runner.supports_overlap(s.sequence) for plan in plans[decodes:] for s in plan.spans
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,22 +114,22 @@ def test_the_largest_decode_has_as_many_splits_as_are_computed_at_a_time(
     runner = made(sequences=sequences, context=context, max_position_embeddings=context)
     shape = runner._model.shape
     size = 4 * shape.heads * (shape.head_dim + 1)
-    monkeypatch.setattr("worker.engine.cuda_runner.PARTS_BYTES", splits * size)
+    monkeypatch.setattr("worker.engine.cuda.cuda_runner.PARTS_BYTES", splits * size)
     plans = plans_of(runner, monkeypatch)
     runner.largest_decode()
     (plan,) = plans
     assert [span.sequence.length for span in plan.spans] == [each * split for each in wanted]
 
 
-def test_what_is_tried_leaves_nothing_behind(started: Any) -> None:
-    """It needs few blocks, takes no graph, and answers are what they were."""
+def test_measuring_leaves_nothing_behind(started: Any) -> None:
+    """It needs few blocks, captures no graph, and tokens are what they were."""
     runner = runner_of(tiny_llama(), blocks=3)
-    for _ in range(cuda_graphs.EAGER_USES + 2):
+    for _ in range(graphs.EAGER_USES + 2):
         for name in LARGEST:
             getattr(runner, name)()
     assert not runner._parameters
-    assert not runner._plain
-    assert not runner._left_by
+    assert not runner._gpu_samplable
+    assert not runner._prev_index
     assert not len(runner._graphs)
     assert not any(sampler._batch.sequences for sampler in runner._samplers)
     runner.make_cache(40)
@@ -141,11 +143,17 @@ def test_what_is_tried_leaves_nothing_behind(started: Any) -> None:
 
 def test_the_cache_gets_what_is_left() -> None:
     gib = 1 << 30
-    use = Use(total=140 * gib, used=16 * gib, prefill=4 * gib, decode=2 * gib, choose=gib)
-    assert use.cache == int(0.92 * 140 * gib) - 16 * gib - int(1.1 * 6 * gib) - gib // 2
-    use = Use(total=140 * gib, used=16 * gib, prefill=gib, decode=2 * gib, choose=5 * gib)
-    assert use.cache == int(0.92 * 140 * gib) - 16 * gib - int(1.1 * 7 * gib) - gib // 2
-    assert Use(total=10 * gib, used=9 * gib, prefill=gib, decode=gib, choose=0).cache == 0
+    profile = MemoryProfile(
+        total=140 * gib, used=16 * gib, prefill=4 * gib, decode=2 * gib, sampling=gib
+    )
+    assert profile.cache == int(0.92 * 140 * gib) - 16 * gib - int(1.1 * 6 * gib) - gib // 2
+    profile = MemoryProfile(
+        total=140 * gib, used=16 * gib, prefill=gib, decode=2 * gib, sampling=5 * gib
+    )
+    assert profile.cache == int(0.92 * 140 * gib) - 16 * gib - int(1.1 * 7 * gib) - gib // 2
+    assert (
+        MemoryProfile(total=10 * gib, used=9 * gib, prefill=gib, decode=gib, sampling=0).cache == 0
+    )
 
 
 class Card(TorchDispatchMode):
@@ -197,8 +205,8 @@ class Card(TorchDispatchMode):
 @pytest.fixture
 def exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is set aside for what a test has none of."""
-    monkeypatch.setattr(cuda_memory, "_GRAPHS", 0)
-    monkeypatch.setattr(cuda_memory, "_SPARE", 1.0)
+    monkeypatch.setattr(memory, "_GRAPHS_BYTES", 0)
+    monkeypatch.setattr(memory, "_FRAGMENTATION", 1.0)
 
 
 class Steps:
@@ -224,34 +232,34 @@ class Steps:
 def test_the_largest_steps_are_measured(largest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     card = Card(total=10_000, weights=1000)
     card.patch(monkeypatch)
-    takes = {"largest_prefill": 300, "largest_decode": 200, "largest_choose": 100}
+    takes = {"largest_prefill": 300, "largest_decode": 200, "largest_sampling": 100}
     takes[largest] += 500
     # Libraries' workspaces, kernels' code: there from the first step on.
-    leaves = {"largest_prefill": 30, "largest_decode": 20, "largest_choose": 10}
-    use = measure(Steps(card, takes, leaves), CPU)
-    assert use == Use(
+    leaves = {"largest_prefill": 30, "largest_decode": 20, "largest_sampling": 10}
+    profile = measure(Steps(card, takes, leaves), CPU)
+    assert profile == MemoryProfile(
         total=10_000,
         used=1060,
         prefill=takes["largest_prefill"],
         decode=takes["largest_decode"],
-        choose=takes["largest_choose"],
+        sampling=takes["largest_sampling"],
     )
-    assert use.cache == 9200 - 1060 - max(takes.values()) - takes["largest_decode"]
+    assert profile.cache == 9200 - 1060 - max(takes.values()) - takes["largest_decode"]
 
 
-def steps_of(runner: CudaRunner, rows: int, slow: bool) -> Iterator[Plan]:
+def steps_of(runner: CudaRunner, rows: int, by_torch: bool) -> Iterator[StepPlan]:
     """A prefill of many sequences, and a step in which they decode."""
     given: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9}
-    if slow:
+    if by_torch:
         given |= {"temperature": 50.0, "repetition_penalty": 1.2, "logprobs": 5}
     count = runner._max_sequences
-    sequences = [Sequence(ask((3, 4, 5)[:rows], **given), 0, place) for place in range(count)]
-    for place, sequence in enumerate(sequences):
-        sequence.block_ids = [place % runner.num_blocks]
-    yield Plan([Span(sequence, 0, rows) for sequence in sequences])
+    sequences = [Sequence(ask((3, 4, 5)[:rows], **given), 0, index) for index in range(count)]
+    for index, sequence in enumerate(sequences):
+        sequence.block_ids = [index % runner.num_blocks]
+    yield StepPlan([Span(sequence, 0, rows) for sequence in sequences])
     for sequence in sequences:
         sequence.token_ids.append(7)
-    yield Plan([Span(sequence, rows, 1) for sequence in sequences])
+    yield StepPlan([Span(sequence, rows, 1) for sequence in sequences])
     for sequence in sequences:
         runner.forget(sequence)
 
@@ -261,25 +269,25 @@ def steps_of(runner: CudaRunner, rows: int, slow: bool) -> Iterator[Plan]:
 def test_cache_graphs_and_steps_fit_together(
     sequences: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of the slow sampler too, which takes many times the memory of its logits."""
+    """Those of torch's sampler too, which takes many times the memory of its logits."""
     with Card(total=160 << 20) as card:
         card.patch(monkeypatch)
         runner = made(sequences=sequences, rows=3 * sequences, vocab=6000, vocab_size=6000)
-        use = measure(runner, CPU)
-        assert use.total == card.total
+        profile = measure(runner, CPU)
+        assert profile.total == card.total
         shape = runner._model.shape
         block = 2 * shape.layers * shape.kv_width * BLOCK * runner._model.dtype.itemsize
-        blocks = use.cache // block
+        blocks = profile.cache // block
         assert blocks > sequences
         runner.make_cache(blocks)
-        graphs = torch.empty(use.decode, dtype=torch.uint8)
-        for slow in (False, True):
-            for plan in steps_of(runner, 3, slow):
+        taken = torch.empty(profile.decode, dtype=torch.uint8)
+        for by_torch in (False, True):
+            for plan in steps_of(runner, 3, by_torch):
                 card.peak = card.now
                 runner.execute(plan)
-                assert card.peak <= SHARE * card.total
+                assert card.peak <= GPU_MEMORY_UTILIZATION * card.total
         # And not for want of a use for it.
-        assert card.now + graphs.nbytes > 0.5 * card.total
+        assert card.now + taken.nbytes > 0.5 * card.total
 
 
 def test_no_memory_for_the_largest_step_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +299,7 @@ def test_no_memory_for_the_largest_step_is_one_line(monkeypatch: pytest.MonkeyPa
         def largest_prefill(self) -> None:
             raise error
 
-        largest_decode = largest_choose = largest_prefill
+        largest_decode = largest_sampling = largest_prefill
 
     with pytest.raises(CheckpointError, match="less with NIGHTHERD_TOKEN_BUDGET") as caught:
         measure(Runner(), CPU)

@@ -1,4 +1,4 @@
-"""Prompts' rows over blocks that were computed before: read where they lie, never copied."""
+"""Prompts' rows over cached blocks: read where they lie, never copied."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.checkpoints import tiny_llama
 from tests.engines import VOCAB, ask
-from worker.engine.cuda_model import PrefillAttention, Rows
-from worker.engine.cuda_runner import CudaRunner
-from worker.engine.scheduler import Plan, Span
+from worker.engine.cuda.cuda_runner import CudaRunner
+from worker.engine.cuda.kernels import prefill, reference
+from worker.engine.cuda.kernels.reference import tiles_of
+from worker.engine.cuda.model import PrefillAttention, Rows
+from worker.engine.scheduler import Span, StepPlan
 from worker.engine.sequence import Sequence
-from worker.engine.triton_kernels import prefill, reference
-from worker.engine.triton_kernels.reference import tiles_of
 
 BLOCK = 64
 DTYPES = [torch.float32, torch.bfloat16]
@@ -47,8 +47,8 @@ class Spans:
         first: list[int] = []
         self.spans: list[tuple[int, int, int]] = []
         for (start, count), blocks in zip(spans, counts, strict=True):
-            for place in range(start + count):
-                cache[ids[begin + place // BLOCK], :, :, place % BLOCK] = torch.randn(
+            for position in range(start + count):
+                cache[ids[begin + position // BLOCK], :, :, position % BLOCK] = torch.randn(
                     2, kv_heads, head_dim
                 )
             positions += range(start, start + count)
@@ -71,7 +71,7 @@ class Spans:
         return self.query, self.cache, self.positions, self.first, self.blocks
 
 
-def near(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
+def assert_close(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
     limit = TOLERANCE[dtype]
     torch.testing.assert_close(got.float(), wanted.float(), rtol=limit, atol=limit)
 
@@ -86,10 +86,10 @@ def test_prefill_attention(
     given = [(0, 70), (64, 3), (63, 2), (130, 90), (0, 2), (191, 1)]
     spans = Spans(given, group, head_dim, dtype, device, kv_heads=2 if group < 4 else 1)
     got = prefill.prefill_attention(*spans.given, spans.tiles)
-    near(got, reference.prefill_attention(*spans.given, spans.tiles), dtype)
+    assert_close(got, reference.prefill_attention(*spans.given, spans.tiles), dtype)
     # The reference, against another one: each row as if it decoded.
     rows = reference.decode_attention(*spans.given, splits=None)
-    near(got, rows, dtype)
+    assert_close(got, rows, dtype)
 
 
 def test_tiles_cover_each_row_once_and_the_longest_come_first() -> None:
@@ -107,17 +107,17 @@ def test_tiles_cover_each_row_once_and_the_longest_come_first() -> None:
 # In the runner.
 
 
-class Watched:
-    """The references; how often prompts' rows were attended over pages."""
+class CountingKernels:
+    """The references, which count the calls of paged prefill attention."""
 
     def __init__(self) -> None:
-        self.paged = 0
+        self.calls = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(reference, name)
 
     def prefill_attention(self, *given: Any) -> torch.Tensor:
-        self.paged += 1
+        self.calls += 1
         return reference.prefill_attention(*given)
 
 
@@ -130,17 +130,19 @@ def attention_of(
     )._model.shape
     group = shape.heads // shape.kv_heads
     made = Spans(spans, group, shape.head_dim, torch.float32, device, kv_heads=shape.kv_heads)
-    places = made.positions.long()
-    pages = made.blocks[made.first + places // BLOCK].long()
-    written = made.cache[pages, :, :, places % BLOCK].flatten(1)
+    positions = made.positions.long()
+    pages = made.blocks[made.first + positions // BLOCK].long()
+    written = made.cache[pages, :, :, positions % BLOCK].flatten(1)
     qkv = torch.cat([made.query.flatten(1), written], dim=1)
     rows = Rows(made.positions, made.positions, made.first, made.blocks)
     attend = PrefillAttention(shape, spans, rows, kernels, varlen, torch.float32)
     return attend, attend(qkv, made.cache), made, qkv
 
 
-def by_rows(query: Any, key: Any, value: Any, cu_q: Any, cu_k: Any, *most: int) -> torch.Tensor:
-    """`varlen_attn` of whole prompts, in plain torch; it notes what it was given."""
+def varlen_by_torch(
+    query: Any, key: Any, value: Any, cu_q: Any, cu_k: Any, *most: int
+) -> torch.Tensor:
+    """`varlen_attn` of whole prompts in plain torch, which checks its arguments."""
     assert torch.equal(cu_q, cu_k)
     assert len(query) == len(key) == len(value) == int(cu_q[-1])
     assert most == (int(cu_q.diff().max()),) * 2
@@ -153,23 +155,23 @@ def by_rows(query: Any, key: Any, value: Any, cu_q: Any, cu_k: Any, *most: int) 
     return torch.cat(outs, dim=1).transpose(0, 1)
 
 
-@pytest.mark.parametrize("varlen", [None, by_rows])
+@pytest.mark.parametrize("varlen", [None, varlen_by_torch])
 @pytest.mark.parametrize(
-    ("spans", "paged"),
+    ("spans", "calls"),
     [([(0, 40), (0, 7)], 0), ([(0, 40), (0, 7), (64, 5), (70, 3)], 1), ([(64, 5), (3, 70)], 1)],
 )
 def test_whole_prompts_are_read_from_the_step_and_others_from_pages(
-    spans: list[tuple[int, int]], paged: int, varlen: Any, device: torch.device
+    spans: list[tuple[int, int]], calls: int, varlen: Any, device: torch.device
 ) -> None:
-    kernels = Watched()
+    kernels = CountingKernels()
     attend, out, made, _ = attention_of(spans, varlen, kernels, device)
     assert attend.rows == len(made.query)
-    near(out, reference.decode_attention(*made.given, splits=None), torch.float32)
-    assert kernels.paged == (1 if varlen is None else paged)
+    assert_close(out, reference.decode_attention(*made.given, splits=None), torch.float32)
+    assert kernels.calls == (1 if varlen is None else calls)
 
 
-def test_a_cached_beginning_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many prompts after one long beginning: nothing as large as their keys is ever made."""
+def test_a_cached_prefix_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many prompts after one long prefix: no tensor as large as their keys is ever made."""
     largest = [0]
 
     class Counting(TorchDispatchMode):
@@ -179,7 +181,7 @@ def test_a_cached_beginning_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> No
                 largest[0] = max(largest[0], out.numel())
             return out
 
-    kernels = Watched()
+    kernels = CountingKernels()
     runner = CudaRunner(
         tiny_llama(), kernels=kernels, vocab_size=VOCAB, max_sequences=16, max_rows=64, context=256
     )
@@ -196,9 +198,9 @@ def test_a_cached_beginning_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> No
         sequence = Sequence(ask((*[7] * 128, 1, 2, order)), 0, order)
         sequence.block_ids = [*shared, 2 + order]
         spans.append(Span(sequence, 128, 3))
-    runner.launch(Plan(spans))()
+    runner.launch(StepPlan(spans))()
     with Counting():
-        runner.launch(Plan(spans))()
+        runner.launch(StepPlan(spans))()
     shape = runner._model.shape
-    # All sequences' keys over the beginning are more than anything that the step needs.
+    # The prefix's keys, once for each sequence, are larger than any tensor that the step needs.
     assert 0 < largest[0] < 16 * 128 * shape.kv_width

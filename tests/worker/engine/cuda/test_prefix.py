@@ -1,4 +1,4 @@
-"""Attention that reads the blocks a group has in common once, against the same rows one by one."""
+"""Attention that reads a group's common blocks once, against the same rows one by one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from worker.engine.triton_kernels import attention, prefix, reference
-from worker.engine.triton_kernels.reference import Prefixes, Splits
+from worker.engine.cuda.kernels import attention, prefix, reference
+from worker.engine.cuda.kernels.reference import Prefixes, Splits
 
 BLOCK = 64
 SPLIT_BLOCKS = reference.SPLIT_BLOCKS
@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
-def near(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
+def assert_close(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
     limit = TOLERANCE[dtype]
     torch.testing.assert_close(got.float(), wanted.float(), rtol=limit, atol=limit)
 
@@ -57,8 +57,8 @@ class Grouped:
             common, leader = groups[at][0], members[at][0]
             own = ids[starts[row] : starts[row] + counts[row]]
             self.tables.append([*ids[starts[leader] : starts[leader] + common], *own[common:]])
-            for place in range(0 if row == leader else common * BLOCK, length):
-                self.cache[own[place // BLOCK], :, :, place % BLOCK] = torch.randn(
+            for position in range(0 if row == leader else common * BLOCK, length):
+                self.cache[own[position // BLOCK], :, :, position % BLOCK] = torch.randn(
                     2, kv_heads, head_dim
                 )
         self.cache = self.cache.to(dtype).to(device)
@@ -69,19 +69,19 @@ class Grouped:
         self.positions = ints([length - 1 for _, length in rows] + [-1] * padding)
         self.first = ints(starts + [0] * padding)
         self.blocks = ints(ids)
-        tiles, places, per_tile = [], [], max(1, TILE // group)
+        tiles, group_members, per_tile = [], [], max(1, TILE // group)
         for (common, lengths), mine in zip(groups, members, strict=True):
             for offset in range(0, len(mine) if common else 0, per_tile):
                 part = min(per_tile, len(lengths) - offset)
-                tiles.append([len(places) + offset, part, mine[0], common])
-            places.extend(mine)
+                tiles.append([len(group_members) + offset, part, mine[0], common])
+            group_members.extend(mine)
         shared = [groups[at][0] for at, _ in rows]
         self.prefixes = Prefixes(
-            # One that only fills up the grid.
+            # The last one is padding.
             torch.tensor([*tiles, [0, 0, 0, 0]], dtype=torch.int32, device=device),
-            ints(places + [0] * padding),
+            ints(group_members + [0] * padding),
             ints(shared + [0] * padding),
-            max(1, *(reference.splits_for(common * BLOCK, BLOCK) for common, _ in groups)),
+            max(1, *(reference.split_count(common * BLOCK, BLOCK) for common, _ in groups)),
         )
         heads = kv_heads * group
         # Strided as it is within the joined queries, keys and values.
@@ -90,8 +90,8 @@ class Grouped:
         self.query = query.view(len(rows) + padding, heads, head_dim)
         self.real = len(rows)
 
-    def splits(self, more: int = 0) -> Splits:
-        """Of all rows, and `more` that fill up."""
+    def splits(self, padding: int = 0) -> Splits:
+        """Of all rows, and `padding` more."""
         _, heads, head_dim = self.query.shape
         return reference.splits_of(
             (self.positions + 1).tolist(),
@@ -99,11 +99,11 @@ class Grouped:
             self.query.device,
             heads=heads,
             head_dim=head_dim,
-            more=more,
+            padding=padding,
         )
 
     def attended(
-        self, more: int = 0, lse: torch.Tensor | None = None
+        self, padding: int = 0, lse: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """By the kernels, with groups: results and log-sum-exps of the rows that are real."""
         if lse is None:
@@ -114,7 +114,7 @@ class Grouped:
             self.positions,
             self.first,
             self.blocks,
-            splits=self.splits(more),
+            splits=self.splits(padding),
             lse=lse,
             prefixes=self.prefixes,
         )
@@ -152,7 +152,7 @@ def lengths_after(blocks: int, count: int) -> list[int]:
 def test_groups_and_lone_rows(
     group: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """A common beginning within a split, one of whole splits, one row more than a tile."""
+    """A common prefix within a split, one of whole splits, one row more than a tile."""
     more = TILE // group + 1 if group >= 4 else 4
     grouped = Grouped(
         [
@@ -168,7 +168,7 @@ def test_groups_and_lone_rows(
         kv_heads=2 if group == 3 else 1,
     )
     for got, wanted in zip(grouped.attended(), grouped.wanted(), strict=True):
-        near(got, wanted, dtype)
+        assert_close(got, wanted, dtype)
     reached = reference.decode_attention(
         grouped.query,
         grouped.cache,
@@ -178,7 +178,7 @@ def test_groups_and_lone_rows(
         splits=grouped.splits(),
         prefixes=grouped.prefixes,
     )
-    near(reached[: grouped.real], grouped.wanted()[0], torch.float32)
+    assert_close(reached[: grouped.real], grouped.wanted()[0], torch.float32)
 
 
 @pytest.mark.parametrize("common", range(1, 2 * SPLIT_BLOCKS + 2))
@@ -187,15 +187,15 @@ def test_common_blocks_end_anywhere(common: int, device: torch.device) -> None:
         [(common, lengths_after(common, 7))], 2, 64, torch.float32, device, kv_heads=1
     )
     for got, wanted in zip(grouped.attended(), grouped.wanted(), strict=True):
-        near(got, wanted, torch.float32)
+        assert_close(got, wanted, torch.float32)
 
 
 def test_a_context_of_one_split(device: torch.device) -> None:
-    """Where the plain kernel writes its result at once, a group's parts are joined all the same."""
+    """Where the decode kernel could write its result directly, a group's parts are merged too."""
     grouped = Grouped([(2, [129, 150, 192, 256])], 4, 64, torch.float32, device)
     assert grouped.splits().rows.tolist() == [0, 1, 2, 3]
     for got, wanted in zip(grouped.attended(), grouped.wanted(), strict=True):
-        near(got, wanted, torch.float32)
+        assert_close(got, wanted, torch.float32)
 
 
 def test_all_of_a_row_may_be_common(device: torch.device) -> None:
@@ -204,28 +204,28 @@ def test_all_of_a_row_may_be_common(device: torch.device) -> None:
         if grouped.positions[row] in (128, 329):
             grouped.positions[row] = shared * BLOCK - 1
     for got, wanted in zip(grouped.attended(), grouped.wanted(), strict=True):
-        near(got, wanted, torch.float32)
+        assert_close(got, wanted, torch.float32)
 
 
 @pytest.mark.parametrize("step", [1, 3])
-def test_groups_whose_rows_go_in_parts(
+def test_groups_whose_rows_go_in_passes(
     step: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And with more splits than they need, as a graph may have them: bit by bit the same."""
+    """The bits are the same, and also with padding of splits, as a graph may have it."""
     grouped = Grouped(
         [(5, lengths_after(5, 5)), (0, [70, 300])], 4, 64, torch.float32, device, kv_heads=1
     )
     whole, lse = grouped.attended()
-    again = grouped.attended(more=4)
+    again = grouped.attended(padding=4)
     assert torch.equal(torch.cat(again, 1), torch.cat([whole, lse], 1))
     monkeypatch.setattr(reference, "PARTS_BYTES", step * 4 * 8 * 65)
-    assert len(grouped.splits().cuts) > 2
+    assert len(grouped.splits().passes) > 2
     again = grouped.attended()
     assert torch.equal(torch.cat(again, 1), torch.cat([whole, lse], 1))
 
 
 def test_common_blocks_are_read_from_their_leader_only(device: torch.device) -> None:
-    """What the tests above rest on: followers' tables name blocks of their own, that hold NaN."""
+    """What the tests above rest on: other rows' tables name blocks of their own, which hold NaN."""
     grouped = Grouped([(5, lengths_after(5, 3))], 4, 64, torch.float32, device)
     plain = reference.decode_attention(
         grouped.query,

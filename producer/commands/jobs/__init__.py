@@ -1,0 +1,1 @@
+"""`submit`, `jobs`, `status`, `cancel`, `pause`, `resume`, `retry`, `set`."""

@@ -1,0 +1,1 @@
+"""`schedule` and what is below it."""

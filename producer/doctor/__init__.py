@@ -1,0 +1,1 @@
+"""What `nightherd doctor` checks without torch."""

@@ -1,0 +1,1 @@
+"""What all processes do for each other: wake-ups, housekeeping, the database made ready."""

@@ -1,0 +1,1 @@
+"""Where rows come from: files of prompts, queries; each row checked."""

@@ -1,0 +1,1 @@
+"""A job from its options and rows to its end: create, look at, follow."""

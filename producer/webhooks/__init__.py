@@ -1,0 +1,1 @@
+"""Webhooks: which URLs are accepted, one attempt, and the deliveries of a process."""

@@ -1,0 +1,1 @@
+"""Meta's original format of LLaMA, and its conversion."""

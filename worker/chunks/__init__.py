@@ -1,0 +1,1 @@
+"""Chunks in this worker: claimed, prepared, in flight, saved."""

@@ -1,0 +1,1 @@
+"""A step on a CPU, in C."""

@@ -1,0 +1,1 @@
+"""A step on a CUDA device: Triton kernels, CUDA graphs."""

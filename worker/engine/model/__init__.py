@@ -1,0 +1,1 @@
+"""What all runners take from a transformers model: shapes, weights, matrices."""

@@ -1,0 +1,1 @@
+"""One worker process: start, consume wake-ups, keep the lease, drain, stop."""

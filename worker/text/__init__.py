@@ -1,0 +1,1 @@
+"""What stands between text and the engine: tokens to text, grammars to masks of tokens."""
