@@ -16,7 +16,7 @@ from typing import cast
 
 from nightherd.errors import RowError, RowErrorCode
 from nightherd.params import SamplingParams
-from worker.engine.interface import EngineRequest, EngineStats, Output, RequestHandle, resolve_once
+from worker.engine.interface import EngineRequest, EngineStats, Output, RequestHandle
 from worker.engine.runner import AsyncRunner, Choices, ModelRunner, PendingStep
 from worker.engine.sample import Sample
 from worker.engine.scheduler import Scheduler, StepPlan
@@ -82,21 +82,15 @@ class BatchEngine:
     def add(self, request: EngineRequest) -> RequestHandle:
         """Accepts a request; one that cannot run gets its error at once."""
         handle = RequestHandle(request)
-        for future in handle.futures:
-            # Marked as running, so that it cannot be cancelled: `abort` is for that.
-            future.set_running_or_notify_cancel()
         try:
             validate_request(request, self._runner.vocab_size, self._context_length)
         except RowError as error:
-            failed = Output((), "error", error_code=error.code, error_message=error.message)
-            for future in handle.futures:
-                resolve_once(future, failed)
+            handle.resolve(Output((), "error", error_code=error.code, error_message=error.message))
             return handle
         with self._wake:
             if self._stopping or self.broken is not None:
                 handle.aborted = True
-                for future in handle.futures:
-                    resolve_once(future, Output((), "aborted"))
+                handle.resolve(Output((), "aborted"))
                 return handle
             for index in range(len(handle.futures)):
                 self._inbox.append(Sample(handle, index, self._order))
@@ -109,8 +103,7 @@ class BatchEngine:
         aborted = Output((), "aborted", finished=time.monotonic())
         for handle in handles:
             handle.aborted = True
-            for future in handle.futures:
-                resolve_once(future, aborted)
+            handle.resolve(aborted)
         with self._wake:
             self._aborted.extend(handles)
             self._wake.notify()

@@ -121,6 +121,14 @@ class RequestHandle:
         self.request = request
         self.futures: tuple[Future[Output], ...] = tuple(Future() for _ in request.seeds)
         self.aborted = False
+        for future in self.futures:
+            # Marked as running, so that it cannot be cancelled: `Engine.abort` is for that.
+            future.set_running_or_notify_cancel()
+
+    def resolve(self, output: Output) -> None:
+        """Gives every sample that has no output yet this one; any thread may call it."""
+        for future in self.futures:
+            resolve_once(future, output)
 
 
 def resolve_once(future: Future[Output], output: Output) -> None:

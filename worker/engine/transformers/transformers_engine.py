@@ -35,7 +35,6 @@ from worker.engine.interface import (
     Output,
     PositionLogprobs,
     RequestHandle,
-    resolve_once,
 )
 from worker.engine.transformers.batch_logits import BatchLogits, BatchRow
 from worker.engine.validation import one_line, out_of_memory, validate_request
@@ -136,9 +135,6 @@ class TransformersEngine:
     def add(self, request: EngineRequest) -> RequestHandle:
         """Accepts a request; one that cannot run gets its error at once."""
         handle = RequestHandle(request)
-        for future in handle.futures:
-            # Marked as running, so that it cannot be cancelled: `abort` is for that.
-            future.set_running_or_notify_cancel()
         rows = [BatchRow(handle, sample) for sample in range(len(handle.futures))]
         try:
             name = self.unsupported(request.params)
@@ -167,8 +163,7 @@ class TransformersEngine:
         aborted = Output((), "aborted", finished=time.monotonic())
         for handle in handles:
             handle.aborted = True
-            for future in handle.futures:
-                resolve_once(future, aborted)
+            handle.resolve(aborted)
 
     def unsupported(self, params: SamplingParams) -> str | None:
         """The name of a parameter that asks for structured output, if one is set."""
